@@ -1,0 +1,79 @@
+"""The specification as a backend: `den_kernels.reference`, differentiated by autograd."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from den_kernels import reference
+
+NAME = "reference"
+
+
+def unavailable() -> str | None:
+    """Always None: it is plain PyTorch."""
+    return None
+
+
+def rejects(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Always None: any device, any floating dtype."""
+    return None
+
+
+def conv2d(x, weight, bias, in_width, out_width, stride, padding, dilation, groups) -> Tensor:
+    """`reference.den_conv2d`."""
+    return reference.den_conv2d(
+        x, weight, bias, in_width, out_width, stride=stride, padding=padding, dilation=dilation, groups=groups
+    )
+
+
+def conv2d_backward(
+    grad, x, weight, in_width, out_width, stride, padding, dilation, groups, output_mask
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias (empty where `output_mask` is False), by autograd over the per-sample loop."""
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_(), weight.detach().requires_grad_()]
+        leaves.append(x.new_zeros(weight.shape[0]).requires_grad_())
+        y = conv2d(*leaves, in_width, out_width, stride, padding, dilation, groups)
+        grads = torch.autograd.grad(y, leaves, grad, materialize_grads=True, allow_unused=True)
+    dx, dw, db = (g if wanted else x.new_empty(0) for g, wanted in zip(grads, output_mask, strict=True))
+    return dx, dw, db
+
+
+def pack_weight(weight: Tensor, groups: int) -> Tensor:
+    """The weights as they are, [O, I, kh, kw]."""
+    return weight.contiguous()
+
+
+def residual_block(
+    x,
+    out,
+    level,
+    order,
+    count,
+    widths,
+    weight,
+    scale,
+    shift,
+    pre_scale,
+    pre_shift,
+    kernel_size,
+    stride,
+    groups,
+    relu,
+) -> None:
+    """`reference.residual_block` into `out`."""
+    result = reference.residual_block(
+        x,
+        level,
+        widths.tolist(),
+        weight,
+        scale,
+        shift,
+        pre_scale=pre_scale,
+        pre_shift=pre_shift,
+        stride=stride,
+        groups=groups,
+        relu=relu,
+    )
+    out.copy_(result)

@@ -1,0 +1,211 @@
+"""Every operator of `den_kernels`: schema, implementation, fake, autograd and FLOP formula. The only file that
+registers.
+
+The operators are opaque to torch.compile and torch.export: which backend runs, and what the levels are, is decided
+inside. Arguments arrive checked by `functional.py`.
+
+N samples, C channels, H W space, L levels, B blocks.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from den_kernels.backends import resolve
+from den_kernels.plan import order_and_count
+
+_LIBRARY = torch.library.Library("den_kernels", "DEF")
+
+_CONV = "Tensor? in_width, Tensor? out_width, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
+_LIBRARY.define(f"conv2d(Tensor x, Tensor weight, Tensor? bias, {_CONV}, str backend) -> Tensor")
+_LIBRARY.define(
+    f"conv2d_backward(Tensor grad, Tensor x, Tensor weight, {_CONV}, bool[3] output_mask, str backend)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define("plan(Tensor level, int num_levels) -> (Tensor, Tensor)")
+
+_BLOCK = (
+    "Tensor level, Tensor order, Tensor count, Tensor widths, Tensor[] weight, Tensor[] scale, Tensor[] shift, "
+    "Tensor? pre_scale, Tensor? pre_shift, int[] kernel_size, int[] stride, int[] groups, bool relu, str backend"
+)
+_LIBRARY.define(f"residual_block(Tensor x, {_BLOCK}) -> Tensor")
+_LIBRARY.define(f"residual_block_(Tensor(a!) x, {_BLOCK}) -> ()")
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    """channels_last for an x stored so, else contiguous: the layout that results take."""
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _output_shape(x: Tensor, weight: Tensor, stride, padding, dilation) -> list[int]:
+    spatial = [
+        (x.shape[2 + d] + 2 * padding[d] - dilation[d] * (weight.shape[2 + d] - 1) - 1) // stride[d] + 1 for d in (0, 1)
+    ]
+    return [x.shape[0], weight.shape[0], *spatial]
+
+
+# The primitive
+
+
+def _conv2d(x, weight, bias, in_width, out_width, stride, padding, dilation, groups, backend) -> Tensor:
+    if x.shape[0] == 0:
+        return x.new_empty(_output_shape(x, weight, stride, padding, dilation))
+    run = resolve(backend, x.device, x.dtype).conv2d
+    y = run(x, weight, bias, in_width, out_width, stride, padding, dilation, groups)
+    return y.contiguous(memory_format=_layout(x))
+
+
+def _conv2d_fake(x, weight, bias, in_width, out_width, stride, padding, dilation, groups, backend) -> Tensor:
+    return x.new_empty(_output_shape(x, weight, stride, padding, dilation)).to(memory_format=_layout(x))
+
+
+def _conv2d_backward(grad, x, weight, in_width, out_width, stride, padding, dilation, groups, output_mask, backend):
+    if x.shape[0] == 0:
+        grads = (torch.zeros_like(x), torch.zeros_like(weight), x.new_zeros(weight.shape[0]))
+    else:
+        run = resolve(backend, x.device, x.dtype).conv2d_backward
+        grads = run(grad, x, weight, in_width, out_width, stride, padding, dilation, groups, output_mask)
+    like = (x, weight, None)
+    return tuple(
+        (g.contiguous(memory_format=_layout(t)) if t is not None else g) if wanted else x.new_empty(0)
+        for g, wanted, t in zip(grads, output_mask, like, strict=True)
+    )
+
+
+def _conv2d_backward_fake(
+    grad, x, weight, in_width, out_width, stride, padding, dilation, groups, output_mask, backend
+):
+    return (
+        torch.empty_like(x, memory_format=_layout(x)) if output_mask[0] else x.new_empty(0),
+        torch.empty_like(weight, memory_format=_layout(weight)) if output_mask[1] else x.new_empty(0),
+        x.new_empty(weight.shape[0]) if output_mask[2] else x.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, bias, in_width, out_width, *geometry, backend = inputs
+    ctx.save_for_backward(x, weight, in_width, out_width)
+    ctx.geometry, ctx.backend, ctx.has_bias = geometry, backend, bias is not None
+
+
+def _autograd(ctx, grad):
+    x, weight, in_width, out_width = ctx.saved_tensors
+    mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.has_bias and ctx.needs_input_grad[2]]
+    grads = torch.ops.den_kernels.conv2d_backward(
+        grad, x, weight, in_width, out_width, *ctx.geometry, mask, ctx.backend
+    )
+    dx, dw, db = (g if wanted else None for g, wanted in zip(grads, mask, strict=True))
+    return dx, dw, db, None, None, None, None, None, None, None
+
+
+# The plan
+
+
+def _plan(level, num_levels):
+    return order_and_count(level, num_levels)
+
+
+def _plan_fake(level, num_levels):
+    n, b = level.shape
+    return level.new_empty((b, n), dtype=torch.int32), level.new_empty((b, num_levels), dtype=torch.int32)
+
+
+# The fused residual block
+
+
+def _block_output_shape(x: Tensor, scale: list[Tensor], stride: list[int]) -> list[int]:
+    step = math.prod(stride)
+    return [x.shape[0], scale[-1].shape[1], (x.shape[2] + step - 1) // step, (x.shape[3] + step - 1) // step]
+
+
+def _residual_block(x, level, order, count, widths, weight, scale, shift, *rest) -> Tensor:
+    *block, backend = rest
+    shape = _block_output_shape(x, scale, block[3])
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    if x.shape[0]:
+        run = resolve(backend, x.device, x.dtype).residual_block
+        run(x, out, level, order, count, widths, weight, scale, shift, *block)
+    return out
+
+
+def _residual_block_fake(x, level, order, count, widths, weight, scale, shift, *rest) -> Tensor:
+    shape = _block_output_shape(x, scale, rest[3])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _residual_block_in_place(x, level, order, count, widths, weight, scale, shift, *rest) -> None:
+    *block, backend = rest
+    if x.shape[0]:
+        run = resolve(backend, x.device, x.dtype).residual_block
+        run(x, x, level, order, count, widths, weight, scale, shift, *block)
+
+
+def _residual_block_in_place_fake(x, *args) -> None:
+    return None
+
+
+for _name, _run, _fake in (
+    ("conv2d", _conv2d, _conv2d_fake),
+    ("conv2d_backward", _conv2d_backward, _conv2d_backward_fake),
+    ("plan", _plan, _plan_fake),
+    ("residual_block", _residual_block, _residual_block_fake),
+    ("residual_block_", _residual_block_in_place, _residual_block_in_place_fake),
+):
+    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"den_kernels::{_name}", _fake, lib=_LIBRARY)
+torch.library.register_autograd("den_kernels::conv2d", _autograd, setup_context=_setup_context, lib=_LIBRARY)
+
+
+# FLOPs: multiply-adds x 2 of the channels that the samples ran (all of them where the widths hold no values, as in
+# tracing)
+
+
+def _pairs(x: Tensor, weight: Tensor, in_width: Tensor | None, out_width: Tensor | None, groups: int) -> int:
+    """Sum over the samples of (input channel, output channel) pairs that their convolution multiplies."""
+    n, channels, outputs = x.shape[0], x.shape[1], weight.shape[0]
+    known = all(w is None or type(w) is Tensor for w in (in_width, out_width))
+    if not known or (in_width is None and out_width is None):
+        return n * channels * outputs // groups
+    read = torch.full((n,), channels) if in_width is None else in_width.cpu().long()
+    write = torch.full((n,), outputs) if out_width is None else out_width.cpu().long()
+    if groups == 1:
+        return int((read * write).sum())
+    active = torch.minimum(read * groups // channels, write * groups // outputs)
+    return int(active.sum()) * (channels // groups) * (outputs // groups)
+
+
+def _macs(x: Tensor, weight: Tensor, in_width, out_width, stride, padding, dilation, groups: int) -> int:
+    taps = math.prod(_output_shape(x, weight, stride, padding, dilation)[2:]) * math.prod(weight.shape[2:])
+    return taps * _pairs(x, weight, in_width, out_width, groups)
+
+
+@register_flop_formula(torch.ops.den_kernels.conv2d, get_raw=True)
+def _conv2d_flop(x, weight, bias, in_width, out_width, stride, padding, dilation, groups, backend, **_) -> int:
+    return 2 * _macs(x, weight, in_width, out_width, stride, padding, dilation, groups)
+
+
+@register_flop_formula(torch.ops.den_kernels.conv2d_backward, get_raw=True)
+def _conv2d_backward_flop(
+    grad, x, weight, in_width, out_width, stride, padding, dilation, groups, output_mask, backend, **_
+) -> int:
+    return 2 * sum(output_mask[:2]) * _macs(x, weight, in_width, out_width, stride, padding, dilation, groups)
+
+
+@register_flop_formula([torch.ops.den_kernels.residual_block, torch.ops.den_kernels.residual_block_], get_raw=True)
+def _residual_block_flop(x, level, order, count, widths, weight, scale, shift, *rest, **_) -> int:
+    kernel_size, stride, groups = rest[2:5]
+    known = type(level) is Tensor and type(widths) is Tensor
+    width = widths.cpu()[level.cpu().long()].long() if known else torch.full((x.shape[0],), scale[0].shape[1])
+    height, columns = x.shape[2], x.shape[3]
+    total = 0
+    for i, outputs in enumerate(s.shape[1] for s in scale):
+        height, columns = -(-height // stride[i]), -(-columns // stride[i])
+        read = torch.where(width > 0, x.shape[1], 0) if i == 0 else width
+        write = width if i + 1 < len(scale) else torch.where(width > 0, outputs, 0)
+        total += int((read * write).sum()) // groups[i] * kernel_size[i] ** 2 * height * columns
+    return 2 * total
