@@ -1,0 +1,26 @@
+"""Images: readers of the published formats, augmentation, batches."""
+
+from __future__ import annotations
+
+from .augment import Augment, channel_statistics, normalise
+from .batches import Batches
+from .folders import find_images
+from .images import Images, ImageSet, LazyImages, from_dataset, stratified, to_uint8
+from .sources import SOURCES, Source, load
+
+__all__ = [
+    "SOURCES",
+    "Augment",
+    "Batches",
+    "ImageSet",
+    "Images",
+    "LazyImages",
+    "Source",
+    "channel_statistics",
+    "find_images",
+    "from_dataset",
+    "load",
+    "normalise",
+    "stratified",
+    "to_uint8",
+]
