@@ -29,7 +29,7 @@ class LevelPlan(NamedTuple):
 
 def order_and_count(level_NB: Tensor, num_levels: int) -> tuple[Tensor, Tensor]:
     """Order [B, N] and count [B, L] of levels [N, B]: see `LevelPlan`. Output shapes do not depend on the levels."""
-    level_BN = level_NB.t()
+    level_BN = level_NB.t().contiguous()
     order_BN = torch.argsort(level_BN, dim=1, descending=True, stable=True).to(torch.int32)
     steps_L = torch.arange(num_levels, device=level_NB.device)
     count_BL = (level_BN.unsqueeze(2) >= steps_L).sum(1, dtype=torch.int32)
