@@ -1,0 +1,212 @@
+"""The estimator f(x; theta_est, z, t): stem, elastic blocks, tail and a head for each task (section 3.1 of the paper).
+
+Suffixes: N samples, C channels, H W space, B blocks, F features.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import den_kernels as dk
+from den.blocks import Block, conv_out
+from den.hierarchy import Hierarchy
+
+
+@dataclass(frozen=True)
+class EstimatorOptions:
+    """What every backbone family is built from, checked by `create_model`.
+
+    base_size: image size that the network is made for; larger images are brought down to it by a stem stride
+        of
+    `min(H, W) // base_size`. None: the stride is always 1.
+    """
+
+    tasks: Mapping[str, int]
+    hierarchy: Hierarchy
+    in_channels: int = 3
+    bn: str = "per_level"
+    task_norm: str = "shared"
+    base_size: int | None = 32
+    backend: str = "auto"
+
+    @property
+    def num_sets(self) -> int:
+        """Sets of batch-norm statistics: one a task, or one."""
+        return len(self.tasks) if self.task_norm == "per_task" else 1
+
+    @property
+    def block_options(self) -> dict:
+        """Keyword arguments that every block takes."""
+        return {"bn": self.bn, "num_sets": self.num_sets, "backend": self.backend}
+
+
+class Stem(nn.Module):
+    """3x3 convolution from image to trunk; with norm and ReLU in post-activation networks."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, norm: bool, num_sets: int = 1):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+        self.norm = dk.DENBatchNorm2d(out_channels, num_sets=num_sets) if norm else None
+
+    def forward(self, x: Tensor, stride: int, set_index: int = 0) -> Tensor:
+        """x [N, C, H, W] -> [N, out_channels, ceil(H / stride), ceil(W / stride)]."""
+        x = F.conv2d(x, self.conv.weight, None, stride, 1)
+        return x if self.norm is None else F.relu(self.norm(x, set_index=set_index))
+
+
+class Tail(nn.Module):
+    """From the last block's map to the features that the heads read."""
+
+    out_features: int
+    weight_count: int = 0
+    macs: int = 0
+
+    @abstractmethod
+    def forward(self, x: Tensor, set_index: int = 0) -> Tensor:
+        """x [N, C, H, W] -> [N, out_features]."""
+
+
+class PoolTail(Tail):
+    """Global average pool; behind norm and ReLU in pre-activation networks."""
+
+    def __init__(self, channels: int, *, norm: bool, num_sets: int = 1):
+        super().__init__()
+        self.out_features = channels
+        self.norm = dk.DENBatchNorm2d(channels, num_sets=num_sets) if norm else None
+
+    def forward(self, x: Tensor, set_index: int = 0) -> Tensor:
+        if self.norm is not None:
+            x = F.relu(self.norm(x, set_index=set_index))
+        return x.mean((2, 3))
+
+
+class HiddenTail(Tail):
+    """Flatten and hidden fully connected layers, each with a ReLU. The paper counts them.
+
+    Args:
+        channels, size: of the last block's map, [N, channels, *size].
+        features: units of each layer.
+    """
+
+    def __init__(self, channels: int, size: tuple[int, int], features: Sequence[int]):
+        super().__init__()
+        self.map_shape = (channels, *size)
+        widths = [channels * size[0] * size[1], *features]
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths, features, strict=False))
+        self.out_features = features[-1]
+        self.macs = sum(i * o for i, o in zip(widths, features, strict=False))
+        self.weight_count = self.macs + sum(features)
+
+    def forward(self, x: Tensor, set_index: int = 0) -> Tensor:
+        check_map(x, self.map_shape)
+        x = x.flatten(1)
+        for layer in self.layers:
+            x = F.relu(layer(x))
+        return x
+
+
+def check_map(x: Tensor, shape: tuple[int, int, int]) -> None:
+    """Raise ValueError unless x [N, C, H, W] is the map that the fully connected layers were made for."""
+    if tuple(x.shape[1:]) != shape:
+        raise ValueError(
+            f"x gives a last map of {x.shape[2]}x{x.shape[3]}, but the hidden layers were made for "
+            f"{shape[1]}x{shape[2]}; resize the images, or create the model with their image_size"
+        )
+
+
+class Estimator(nn.Module):
+    """The network whose sub-networks are chosen block by block.
+
+    Made by the families in `den.backbones`. Convolutions and linear layers are initialised after Glorot
+    ("Xavier", reference [8] and Algorithm 1 of the paper), biases with 0.
+
+    Args:
+        blocks: the elastic blocks.
+        tail: from the last map to the features.
+        options: see `EstimatorOptions`.
+        stem: convolution before the blocks; None where the first block is the network's entry
+            (`ConvPairBlock`).
+        image_size: the image size that costs are told for when none is given; default base_size, or 32.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        tail: Tail,
+        options: EstimatorOptions,
+        *,
+        stem: Stem | None = None,
+        image_size: int | None = None,
+    ):
+        super().__init__()
+        self.in_channels = options.in_channels
+        self.base_size, self.hierarchy = options.base_size, options.hierarchy
+        self.image_size = image_size or options.base_size or 32
+        self.set_index = {task: index if options.num_sets > 1 else 0 for index, task in enumerate(options.tasks)}
+        self.stem = stem
+        self.blocks = nn.ModuleList(blocks)
+        self.tail = tail
+        self.heads = nn.ModuleDict({task: nn.Linear(tail.out_features, c) for task, c in options.tasks.items()})
+        self.apply(xavier)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(iter(self.parameters())).device
+
+    @property
+    def num_blocks(self) -> int:
+        """B, the number of elastic blocks."""
+        return len(self.blocks)
+
+    @property
+    def num_levels(self) -> int:
+        """L, the number of levels of each block."""
+        return self.hierarchy.num_levels
+
+    def forward(self, x: Tensor, level_NB: Tensor, task: str) -> Tensor:
+        """Logits of x [N, C, H, W] at integer levels [N, B], for a task's classes: [N, classes]."""
+        set_index = self.set_index[task]
+        stride = stem_stride(x.shape[2], x.shape[3], self.base_size)
+        levels = level_NB.unbind(1)
+        if self.stem is not None:
+            x = self.stem(x, stride, set_index)
+            first = 0
+        else:
+            x = self.blocks[0](x, levels[0], set_index, stride)
+            first = 1
+        for block, level_N in zip(self.blocks[first:], levels[first:], strict=True):
+            x = block(x, level_N, set_index)
+        return self.heads[task](self.tail(x, set_index))
+
+    def entry(self, height: int, width: int) -> tuple[int, int, tuple[int, int]]:
+        """For an image of this size: stem stride, stem multiply-adds, size of the map that the first block reads."""
+        stride = stem_stride(height, width, self.base_size)
+        if self.stem is None:
+            return stride, 0, (height, width)
+        size = conv_out(height, stride), conv_out(width, stride)
+        return stride, self.stem.conv.weight.numel() * size[0] * size[1], size
+
+
+def stem_stride(height: int, width: int, base_size: int | None) -> int:
+    """Stride that brings an image to the network's own scale: `min(H, W) // base_size`, at least 1.
+
+    The paper gives native resolutions (32, 64, 96) and the FLOPs of a 32x32 first map for all: this is how
+    both hold.
+    """
+    return 1 if base_size is None else max(1, min(height, width) // base_size)
+
+
+@torch.no_grad()
+def xavier(module: nn.Module) -> None:
+    """Glorot's uniform initialisation of a convolution or linear layer; other modules are left alone."""
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
