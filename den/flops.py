@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 ImageSize = int | tuple[int, int]
 
 
-def block_macs(model: DEN | Estimator, image_size: ImageSize) -> Tensor:
+def block_macs(model: DEN | FrozenDEN | Estimator, image_size: ImageSize) -> Tensor:
     """Multiply-adds of each block at each level for one image: int64 [B, L].
 
     image_size: height and width of the images that go into the model, or one integer for square ones.
@@ -33,23 +33,24 @@ def block_macs(model: DEN | Estimator, image_size: ImageSize) -> Tensor:
     return _tables(_estimator(model), image_size)[0]
 
 
-def fixed_macs(model: DEN | Estimator, image_size: ImageSize) -> int:
+def fixed_macs(model: DEN | FrozenDEN | Estimator, image_size: ImageSize) -> int:
     """Multiply-adds for one image outside the blocks, on every path: stem and hidden fully connected layers."""
     return _tables(_estimator(model), image_size)[1]
 
 
-def full_macs(model: DEN | Estimator, image_size: ImageSize) -> int:
+def full_macs(model: DEN | FrozenDEN | Estimator, image_size: ImageSize) -> int:
     """Multiply-adds of the whole estimator, every block at its top level, for one image."""
     table_BL, fixed = _tables(_estimator(model), image_size)
     return fixed + int(table_BL[:, -1].sum())
 
 
-def selector_macs(model: DEN, image_size: ImageSize) -> int:
+def selector_macs(model: DEN | FrozenDEN, image_size: ImageSize) -> int:
     """Multiply-adds of the selector for one image. Raises ValueError for a selector of the caller's own."""
-    if not isinstance(model.selector, Selector):
-        raise ValueError(f"the selector is a {type(model.selector).__name__}; only the cost of a den Selector is known")
+    source = _source(model)
+    if not isinstance(source.selector, Selector):
+        raise ValueError("the selector is a module of the caller's own; only the cost of a den Selector is known")
     height, width = _size(image_size)
-    return model.selector.spec.macs(model.estimator.in_channels, height, width)
+    return source.selector.spec.macs(source.estimator.in_channels, height, width)
 
 
 def flops(
@@ -68,7 +69,7 @@ def flops(
     Raises:
         TypeError, ValueError: levels that are no integers, of another shape, or (on a CPU) out of range.
     """
-    source = getattr(model, "source", model)
+    source = _source(model)
     table_BL, fixed = _tables(source.estimator, image_size)
     level_NB = _level(level, *table_BL.shape)
     table_BL = table_BL.to(level_NB.device)
@@ -78,13 +79,13 @@ def flops(
     return 2 * macs_N
 
 
-def cost_ratios(model: DEN | Estimator) -> Tensor:
+def cost_ratios(model: DEN | FrozenDEN | Estimator) -> Tensor:
     """d_i(l) of equation 5: weights of block i that level l runs, as a share of the block's. float32 [B, L]."""
     rows = [[count / b.weight_counts[-1] for count in b.weight_counts] for b in _blocks(_estimator(model))]
     return torch.tensor(rows, dtype=torch.float32)
 
 
-def count_parameters(model: DEN | Estimator, level: Sequence[int] | Tensor | None = None) -> int:
+def count_parameters(model: DEN | FrozenDEN | Estimator, level: Sequence[int] | Tensor | None = None) -> int:
     """Parameters in the paper's sense, of one path or (level None) of the whole estimator.
 
     Convolution weights and hidden fully connected layers; no batch norm, no heads, no selector.
@@ -103,8 +104,13 @@ def count_parameters(model: DEN | Estimator, level: Sequence[int] | Tensor | Non
     return stem + sum(b.weight_counts[l] for b, l in zip(blocks, path, strict=True)) + estimator.tail.weight_count
 
 
-def _estimator(model: DEN | Estimator) -> Estimator:
-    return model if isinstance(model, Estimator) else model.estimator
+def _source(model: DEN | FrozenDEN) -> DEN:
+    """The model itself, or the architecture that a frozen one keeps."""
+    return model.__dict__.get("source", model)
+
+
+def _estimator(model: DEN | FrozenDEN | Estimator) -> Estimator:
+    return model if isinstance(model, Estimator) else _source(model).estimator
 
 
 def _blocks(estimator: Estimator) -> list[Block]:

@@ -241,7 +241,7 @@ def check_task(task: str | None, tasks: Mapping[str, int]) -> str:
     return task  # type: ignore[return-value]
 
 
-def check_images(x: Any, in_channels: int, device: torch.device) -> None:
+def check_images(x: Any, in_channels: int, device: torch.device, whose: str = "the model is on") -> None:
     """Raise TypeError or ValueError unless x is floating-point images [N, in_channels, H, W] on the device."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x is a {type(x).__name__}; it must be a tensor of images [N, {in_channels}, H, W]")
@@ -252,7 +252,7 @@ def check_images(x: Any, in_channels: int, device: torch.device) -> None:
     if min(x.shape[2:]) < 1:
         raise ValueError(f"x has shape {tuple(x.shape)}; images must have at least one pixel")
     if x.device != device:
-        raise ValueError(f"x is on {x.device}, but the model is on {device}; move one of them")
+        raise ValueError(f"x is on {x.device}, but {whose} {device}; they must be together")
 
 
 def check_level(level: LevelLike, x: Tensor, num_blocks: int, num_levels: int) -> Tensor:

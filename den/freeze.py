@@ -1,0 +1,349 @@
+"""The inference form of a DEN: norms folded, weights packed, a whole block one operator call.
+
+A new kind of block, tail or selector joins by registering with `freeze_block`, `freeze_tail` or `freeze_selector`.
+
+Suffixes: N samples, C channels, H W space, B blocks, L levels, T sets of batch-norm statistics.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import den_kernels as dk
+from den.blocks import Block, ConvPairBlock, ResidualBlock, pool
+from den.estimator import HiddenTail, PoolTail, Stem, Tail, stem_stride
+from den.model import DEN, DENOutput, LevelLike, check_images, check_level, check_task
+from den.selector import Selector, SelectorBlock, mask_levels, shrink
+
+
+def freeze(model: DEN, dtype: torch.dtype | None = None, backend: str = "auto") -> FrozenDEN:
+    """The inference form of a model, on the model's device, with copies of its weights.
+
+    Batch norms, with their running statistics whatever mode the model is in, become a scale and shift by level;
+    residual blocks become one fused operator each, at the level of each sample. Nothing in a call waits for a GPU, so
+    that a call can be captured in a CUDA graph and replayed with other images and levels.
+
+    Args:
+        model: a DEN.
+        dtype: of weights and activations; None: the model's. Folding is done in float32 or better.
+        backend: of `den_kernels`; "auto" takes the fastest on this machine.
+
+    Returns: a module called like the model, with the same `DENOutput` (logits in `dtype`).
+
+    Raises:
+        TypeError: model is not a DEN, dtype not a floating-point dtype, or a block of a kind that cannot be frozen.
+        RuntimeError: a backend asked for by name cannot be used here.
+    """
+    if not isinstance(model, DEN):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a den.DEN")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype is {dtype!r}; it must be a floating-point dtype such as torch.bfloat16")
+    with torch.no_grad():
+        return FrozenDEN(model, dtype or next(model.estimator.parameters()).dtype, backend)
+
+
+class FrozenDEN(nn.Module):
+    """Made by `freeze`; see there. For inference alone, on the device that it was made for."""
+
+    def __init__(self, model: DEN, dtype: torch.dtype, backend: str):
+        super().__init__()
+        estimator = model.estimator
+        self.tasks, self.config = dict(model.tasks), dict(model.config)
+        self.num_blocks, self.num_levels = model.num_blocks, model.num_levels
+        self.in_channels, self.base_size = estimator.in_channels, estimator.base_size
+        self.device, self.dtype = estimator.device, dtype
+        self.set_index = dict(estimator.set_index)
+        self.stem = None if estimator.stem is None else FrozenStem(estimator.stem, dtype)
+        blocks = cast("list[Block]", list(estimator.blocks))
+        self.blocks = nn.ModuleList(freeze_block(block, dtype, backend) for block in blocks)
+        # The trunk behind the stem is ours to overwrite; a first block without a stem reads the caller's images.
+        self.inplace = [keeps_shape(block) for block in self.blocks]
+        self.inplace[0] = self.inplace[0] and self.stem is not None
+        self.tail = freeze_tail(cast(Tail, estimator.tail), dtype)
+        self.heads = copy.deepcopy(estimator.heads).to(dtype).requires_grad_(False)
+        self.selector = freeze_selector(model.selector, dtype, backend)
+        # The architecture without its weights, for cost tables; in __dict__ so that it is no part of this module.
+        self.__dict__["source"] = _without_weights(model)
+        self.eval()
+
+    def train(self, mode: bool = True) -> FrozenDEN:
+        """A frozen model is always in evaluation mode."""
+        return super().train(False)
+
+    def _apply(self, fn, recurse=True):
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        if probe.device != self.device or probe.dtype != self.dtype:
+            raise RuntimeError(
+                f"this model was frozen for {self.device} and {self.dtype}, and its weights are packed for that; "
+                f"move the model that it was made from to {probe.device} and freeze that"
+            )
+        return super()._apply(fn, recurse)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, task: str | None = None, level: LevelLike | None = None) -> DENOutput:
+        """As `DEN.forward`; x may be of any floating-point dtype and layout (channels_last saves a copy)."""
+        task = check_task(task, self.tasks)
+        check_images(x, self.in_channels, self.device, "this model was frozen for")
+        set_index = self.set_index[task]
+        x = x.to(self.dtype, memory_format=torch.channels_last)
+        if level is None:
+            level_probs = self.selector(x).float().softmax(2)
+            level_NB = level_probs.argmax(2)
+        else:
+            level_probs = None
+            level_NB = check_level(level, x, self.num_blocks, self.num_levels)
+        plan = dk.plan_levels(level_NB, self.num_levels)
+        stride = stem_stride(x.shape[2], x.shape[3], self.base_size)
+        h = x if self.stem is None else self.stem(x, stride, set_index)
+        entry = stride if self.stem is None else 1
+        steps = zip(self.blocks, self.inplace, *(part.unbind(0) for part in plan), strict=True)
+        for block, inplace, level_N, order_N, count_L in steps:
+            if entry > 1:
+                h, entry = block(h, level_N, order_N, count_L, set_index, entry_stride=entry), 1
+            else:
+                h = block(h, level_N, order_N, count_L, set_index, inplace=inplace)
+        return DENOutput(self.heads[task](self.tail(h, set_index)), level_NB, level_probs)
+
+
+def keeps_shape(block: nn.Module) -> bool:
+    """Whether an inference block can run in place."""
+    if not isinstance(block, dk.FusedResidualBlock):
+        return False
+    return block.in_channels == block.out_channels and all(stride == 1 for stride in block.strides)
+
+
+def tables(norm: dk.DENBatchNorm2d, num_levels: int = 1) -> tuple[Tensor, Tensor]:
+    """Inference scale and shift of a norm, [T, L, C] each; one row serves every level where the norm has one."""
+    rows = [norm.scale_shift(t) for t in range(norm.num_sets)]
+    scale, shift = (torch.stack([row[i].detach() for row in rows]) for i in (0, 1))
+    return scale.expand(-1, num_levels, -1), shift.expand(-1, num_levels, -1)
+
+
+def fold(weight: Tensor, scale_C: Tensor, shift_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution without bias followed by a scale and shift of its output channels."""
+    return weight.detach() * scale_C[:, None, None, None].to(weight.dtype), shift_C.to(weight.dtype)
+
+
+def batch_norm_fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """The same for PyTorch's own batch norm."""
+    scale, shift = _batch_norm_tables(norm)
+    return fold(conv.weight, scale, shift)
+
+
+def _batch_norm_tables(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Scale and shift [C] of a norm with running statistics and affine."""
+    mean, var = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+    scale = (norm.weight * torch.rsqrt(var + norm.eps)).detach()
+    return scale, (norm.bias - mean * scale).detach()
+
+
+class FrozenStem(nn.Module):
+    """The stem with its norm, if any, folded into a weight for each set of statistics."""
+
+    def __init__(self, stem: Stem, dtype: torch.dtype):
+        super().__init__()
+        self.relu = stem.norm is not None
+        if stem.norm is None:
+            folded: list[tuple[Tensor, Tensor | None]] = [(stem.conv.weight.detach(), None)]
+        else:
+            scale, shift = tables(stem.norm)
+            folded = [fold(stem.conv.weight, *row) for row in zip(scale[:, 0], shift[:, 0], strict=True)]
+        self.convs = [_register_conv(self, f"{t}", *pair, dtype) for t, pair in enumerate(folded)]
+
+    def forward(self, x: Tensor, stride: int, set_index: int) -> Tensor:
+        """x [N, C, H, W] -> a new [N, out_channels, ceil(H / stride), ceil(W / stride)]."""
+        weight, bias = self.convs[set_index if self.relu else 0]
+        x = F.conv2d(x, weight, bias, stride, 1)
+        return x.relu_() if self.relu else x
+
+
+def _register_conv(
+    module: nn.Module, suffix: str, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """Keep a channels_last weight and a bias as buffers; returns them."""
+    weight = weight.to(dtype, copy=True).contiguous(memory_format=torch.channels_last)
+    bias = None if bias is None else bias.to(dtype, copy=True)
+    module.register_buffer(f"weight{suffix}", weight)
+    module.register_buffer(f"bias{suffix}", bias)
+    return weight, bias
+
+
+@functools.singledispatch
+def freeze_block(block: nn.Module, dtype: torch.dtype, backend: str) -> nn.Module:
+    """The inference form of a block: forward(x, level_N, order_N, count_L, set_index, inplace=False) -> map."""
+    raise TypeError(
+        f"cannot freeze a block of type {type(block).__name__}; register its form with den.freeze.freeze_block"
+    )
+
+
+@freeze_block.register
+def _(block: ResidualBlock, dtype: torch.dtype, backend: str) -> nn.Module:
+    levels = block.hierarchy.num_levels
+    weights = [block.conv1.weight.to(dtype), block.conv2.weight.to(dtype)]
+    if block.preactivation:
+        pre = [table[:, 0] for table in tables(block.norm1)]
+        hidden = tables(block.norm2, levels)
+        shape = (hidden[0].shape[0], levels, block.out_channels)
+        out = hidden[0].new_ones(shape), hidden[0].new_zeros(shape)
+    else:
+        pre = []
+        hidden, out = tables(block.norm1, levels), tables(block.norm2, levels)
+    return dk.FusedResidualBlock(
+        weights,
+        [hidden[0], out[0]],
+        [hidden[1], out[1]],
+        block.widths,
+        strides=[block.stride, 1],
+        pre_scale=pre[0] if pre else None,
+        pre_shift=pre[1] if pre else None,
+        relu=not block.preactivation,
+        backend=backend,
+    )
+
+
+class FrozenConvPair(nn.Module):
+    """A `ConvPairBlock` with its first norm folded into the weights and its second a scale and shift by level."""
+
+    level_width: Tensor
+    scale: Tensor
+    shift: Tensor
+    weight: Tensor
+
+    def __init__(self, block: ConvPairBlock, dtype: torch.dtype, backend: str):
+        super().__init__()
+        self.pools, self.backend = block.pools, backend
+        scale, shift = tables(block.norm1)
+        folded = [fold(block.conv1.weight, *row) for row in zip(scale[:, 0], shift[:, 0], strict=True)]
+        self.convs = [_register_conv(self, f"{t}", *pair, dtype) for t, pair in enumerate(folded)]
+        _register_conv(self, "", block.conv2.weight.detach(), None, dtype)
+        scale, shift = tables(block.norm2, block.hierarchy.num_levels)
+        self.register_buffer("scale", scale.to(dtype)[..., None, None].contiguous())
+        self.register_buffer("shift", shift.to(dtype)[..., None, None].contiguous())
+        self.register_buffer("level_width", block.level_width.clone())
+
+    def forward(
+        self,
+        x: Tensor,
+        level_N: Tensor,
+        order_N: Tensor,
+        count_L: Tensor,
+        set_index: int,
+        inplace: bool = False,
+        entry_stride: int = 1,
+    ) -> Tensor:
+        """x [N, C, H, W], never overwritten -> [N, out_channels, H', W']; see `ConvPairBlock`."""
+        width_N = self.level_width.index_select(0, level_N)
+        conv = functools.partial(dk.den_conv2d, padding=1, backend=self.backend)
+        h = conv(x, *self.convs[set_index], None, width_N, stride=entry_stride).relu_()
+        h = conv(pool(h, self.pools[0]), self.weight, None, width_N)
+        scale_NC, shift_NC = (table[set_index].index_select(0, level_N) for table in (self.scale, self.shift))
+        return pool(torch.addcmul(shift_NC, h, scale_NC).relu_(), self.pools[1])
+
+
+@freeze_block.register
+def _(block: ConvPairBlock, dtype: torch.dtype, backend: str) -> nn.Module:
+    return FrozenConvPair(block, dtype, backend)
+
+
+@functools.singledispatch
+def freeze_tail(tail: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The inference form of a tail: forward(x, set_index) -> [N, F]; x may be overwritten."""
+    raise TypeError(
+        f"cannot freeze a tail of type {type(tail).__name__}; register its form with den.freeze.freeze_tail"
+    )
+
+
+class FrozenPoolTail(nn.Module):
+    """`PoolTail` with its norm, if any, as a scale and shift."""
+
+    scale: Tensor | None
+    shift: Tensor | None
+
+    def __init__(self, tail: PoolTail, dtype: torch.dtype):
+        super().__init__()
+        folded = (None, None) if tail.norm is None else tables(tail.norm)
+        for name, table in zip(("scale", "shift"), folded, strict=True):
+            self.register_buffer(name, None if table is None else table[:, 0, :, None, None].to(dtype).contiguous())
+
+    def forward(self, x: Tensor, set_index: int) -> Tensor:
+        """x [N, C, H, W] -> [N, C]."""
+        if self.scale is not None and self.shift is not None:
+            x = torch.addcmul(self.shift[set_index], x, self.scale[set_index]).relu_()
+        return x.mean((2, 3))
+
+
+@freeze_tail.register
+def _(tail: PoolTail, dtype: torch.dtype) -> nn.Module:
+    return FrozenPoolTail(tail, dtype)
+
+
+@freeze_tail.register
+def _(tail: HiddenTail, dtype: torch.dtype) -> nn.Module:
+    return copy.deepcopy(tail).to(dtype).requires_grad_(False)
+
+
+@functools.singledispatch
+def freeze_selector(selector: nn.Module, dtype: torch.dtype, backend: str) -> nn.Module:
+    """The inference form of a selector, images -> logits [N, B, L]; a module of the caller's is copied as it is."""
+    return copy.deepcopy(selector).to(dtype).eval().requires_grad_(False)
+
+
+class FrozenSelector(nn.Module):
+    """A `Selector` whose blocks are fused operators of one level."""
+
+    level_mask: Tensor | None
+
+    def __init__(self, selector: Selector, dtype: torch.dtype, backend: str):
+        super().__init__()
+        self.spec, self.num_blocks = selector.spec, selector.num_blocks
+        self.conv = _register_conv(self, "", *batch_norm_fold(selector.conv, selector.norm), dtype)
+        blocks = cast("list[SelectorBlock]", list(selector.blocks))
+        self.blocks = nn.ModuleList(_freeze_selector_block(block, dtype, backend) for block in blocks)
+        self.inplace = [keeps_shape(block) for block in self.blocks]
+        self.head = copy.deepcopy(selector.head).to(dtype).requires_grad_(False)
+        self.register_buffer("level_mask", None if selector.level_mask is None else selector.level_mask.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [N, B, L] of images x [N, C, H, W]."""
+        x, stride = shrink(x, self.spec)
+        weight, bias = self.conv
+        h = F.conv2d(x, weight, bias, stride, 1).relu_()
+        n = h.shape[0]
+        level_N = torch.zeros(n, dtype=torch.int32, device=h.device)
+        order_N = torch.arange(n, dtype=torch.int32, device=h.device)
+        count_L = torch.full((1,), n, dtype=torch.int32, device=h.device)
+        for block, inplace in zip(self.blocks, self.inplace, strict=True):
+            h = block(h, level_N, order_N, count_L, 0, inplace)
+        return mask_levels(self.head(h.mean((2, 3))), self.num_blocks, self.level_mask)
+
+
+def _freeze_selector_block(block: SelectorBlock, dtype: torch.dtype, backend: str) -> dk.FusedResidualBlock:
+    rows = [_batch_norm_tables(norm) for norm in (block.norm1, block.norm2)]
+    return dk.FusedResidualBlock(
+        [block.conv1.weight.to(dtype), block.conv2.weight.to(dtype)],
+        [scale[None, None] for scale, _ in rows],
+        [shift[None, None] for _, shift in rows],
+        [block.out_channels],
+        strides=[block.stride, 1],
+        relu=True,
+        backend=backend,
+    )
+
+
+@freeze_selector.register
+def _(selector: Selector, dtype: torch.dtype, backend: str) -> nn.Module:
+    return FrozenSelector(selector, dtype, backend)
+
+
+def _without_weights(model: DEN) -> DEN:
+    """A copy on the meta device, which holds shapes alone."""
+    selector = model.selector if isinstance(model.selector, Selector) else nn.Identity()
+    bare = DEN(model.estimator, selector, model.config)
+    memo = {id(p): p.detach().to("meta") for p in (*bare.parameters(), *bare.buffers())}
+    return copy.deepcopy(bare, memo)
