@@ -1,0 +1,118 @@
+"""Measuring a model on a task: accuracy, cost, and the paths that its images take.
+
+N samples, B blocks, L levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.functional.classification import multiclass_accuracy
+
+from den.flops import cost_ratios, flops
+from den.losses import path_cost
+from den.tasks import Task
+
+Policy = str | Tensor | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one policy does on one split of a task.
+
+    prediction, label: int64 [N]; level: int64 [N, B]; probs: float [N, B, L] where the selector decided, else None.
+    cost: float [N], the mean over blocks of the share of parameters run (inside equation 5).
+    flops: int64 [N], of the estimator.
+    """
+
+    prediction: Tensor
+    label: Tensor
+    level: Tensor
+    probs: Tensor | None
+    cost: Tensor
+    flops: Tensor
+
+    @property
+    def accuracy(self) -> float:
+        """Share of images classified right, in percent."""
+        classes = int(max(self.label.max(), self.prediction.max())) + 1
+        return 100 * float(multiclass_accuracy(self.prediction, self.label, max(classes, 2), average="micro"))
+
+    def summary(self) -> dict[str, Any]:
+        """Plain numbers: accuracy (%), mean and deviation of cost, mean FLOPs, level usage and the number of paths."""
+        num_levels = int(self.level.max()) + 1 if self.probs is None else self.probs.shape[2]
+        usage = torch.nn.functional.one_hot(self.level, num_levels).double().mean(0)
+        paths, counts = self.level.unique(dim=0, return_counts=True)
+        return {
+            "images": len(self.label),
+            "accuracy": round(self.accuracy, 4),
+            "cost_mean": round(float(self.cost.mean()), 6),
+            "cost_std": round(float(self.cost.std(correction=0)), 6),
+            "flops_mean": round(float(self.flops.double().mean())),
+            "unique_paths": len(paths),
+            "top_path_share": round(float(counts.max()) / len(self.label), 6),
+            "level_usage": [[round(float(share), 4) for share in row] for row in usage],
+        }
+
+
+def choose_level(policy: Policy, num_samples: int, model: Any, generator: torch.Generator | None) -> Tensor | None:
+    """The levels that a policy gives a batch: None for the selector, else int64 [N, B] or [B].
+
+    policy: "selector"; "random" (every level of every block alike: the paper's random selector); "full"; or levels [B].
+    """
+    if isinstance(policy, str):
+        if policy == "selector":
+            return None
+        if policy == "random":
+            return torch.randint(model.num_levels, (num_samples, model.num_blocks), generator=generator)
+        if policy == "full":
+            return torch.full((model.num_blocks,), model.num_levels - 1)
+        raise ValueError(f"policy is {policy!r}; it must be 'selector', 'random', 'full' or a path [blocks]")
+    return torch.as_tensor(policy)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    task: Task,
+    *,
+    policy: Policy = "selector",
+    split: str = "test",
+    batch_size: int = 256,
+    seed: int = 0,
+    progress: Callable | None = None,
+) -> Evaluation:
+    """Run a model (a DEN or its frozen form) over a split of a task under a policy: see `choose_level`.
+
+    seed: of the random policy. progress: wraps the batches, such as tqdm. The model's training mode is put back.
+    """
+    device = next(tensor.device for tensor in (*model.parameters(), *model.buffers()))
+    source = getattr(model, "source", model)
+    ratio_BL = cost_ratios(source)
+    generator = torch.Generator().manual_seed(seed)
+    batches = task.batches(split, batch_size, training=False, device=device)
+    predictions, labels, levels, probs = [], [], [], []
+    was_training = model.training
+    model.eval()
+    for x, y in batches if progress is None else progress(batches):
+        level = choose_level(policy, len(x), source, generator)
+        out = model(x, task=task.name, level=None if level is None else level.to(device))
+        predictions.append(out.logits.argmax(1).cpu())
+        labels.append(y.cpu())
+        levels.append(out.level.cpu().long())
+        if out.level_probs is not None:
+            probs.append(out.level_probs.float().cpu())
+    model.train(was_training)
+    level_NB = torch.cat(levels)
+    return Evaluation(
+        prediction=torch.cat(predictions),
+        label=torch.cat(labels),
+        level=level_NB,
+        probs=torch.cat(probs) if probs else None,
+        cost=path_cost(level_NB, ratio_BL),
+        flops=flops(source, level_NB, task.image_size),
+    )

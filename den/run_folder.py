@@ -1,0 +1,141 @@
+"""The folder of a training run: what is written, where, and how it survives being killed at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from den import checkpoint
+from den.model import DEN
+
+
+class RunFolder:
+    """config.json, metrics.jsonl (a line an epoch), summary.json, and checkpoint/ (a model that `den.load` reads, with
+    the trainer's own state beside it).
+
+    Files are written under a temporary name and renamed, the checkpoint as a whole.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    @property
+    def checkpoint(self) -> Path:
+        """The folder that `den.load` reads."""
+        return self.path / "checkpoint"
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is something to resume from. A run killed between two renames has it under its old name."""
+        old = self.path / "checkpoint.old"
+        if not self.checkpoint.exists() and old.exists():
+            old.rename(self.checkpoint)
+        return self.checkpoint.exists()
+
+    def prepare(self, config: Mapping[str, Any], *, resume: bool) -> None:
+        """Make the folder and write config.json.
+
+        Raises FileExistsError if it holds a run and `resume` is False, ValueError if that run was of another model.
+        """
+        path = self.path / "config.json"
+        if path.exists() and not resume:
+            raise FileExistsError(f"{self.path} holds a run already; give another folder, or resume it")
+        if path.exists():
+            model = json.loads(path.read_text())["model"]
+            if model != json.loads(json.dumps(config["model"])):
+                raise ValueError(f"{path} is of another model ({model.get('name')}); give another folder")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.write_json("config.json", config)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file, whole or not at all."""
+        temporary = self.path / f"{name}.tmp"
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.replace(self.path / name)
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Add a line to metrics.jsonl."""
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def truncate_metrics(self, lines: int) -> None:
+        """Drop the lines behind the first `lines`: epochs that a resumed run does again."""
+        path = self.path / "metrics.jsonl"
+        kept = path.read_text().splitlines(keepends=True)[:lines] if path.exists() else []
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(path)
+
+    def save_checkpoint(
+        self,
+        model: DEN,
+        meta: Mapping[str, Any],
+        *,
+        optimizers: Mapping[str, torch.optim.Optimizer],
+        generator: torch.Generator,
+        values: Mapping[str, Any],
+    ) -> None:
+        """Replace the checkpoint: the model, and what goes on from it."""
+        fresh, old = self.path / "checkpoint.new", self.path / "checkpoint.old"
+        shutil.rmtree(fresh, ignore_errors=True)
+        checkpoint.save(model, fresh, meta)
+        tensors = {"generator": generator.get_state()}
+        groups = {}
+        for name, optimizer in optimizers.items():
+            state, groups[name] = _flatten(optimizer.state_dict())
+            tensors.update({f"{name}.{key}": tensor for key, tensor in state.items()})
+        save_file(tensors, fresh / "trainer.safetensors")
+        (fresh / "trainer.json").write_text(json.dumps({**values, "optimizers": groups}, indent=2) + "\n")
+        shutil.rmtree(old, ignore_errors=True)
+        if self.checkpoint.exists():
+            self.checkpoint.rename(old)
+        fresh.rename(self.checkpoint)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def load_checkpoint(
+        self, model: DEN, *, optimizers: Mapping[str, torch.optim.Optimizer], generator: torch.Generator
+    ) -> dict[str, Any]:
+        """Put the checkpoint's state into model, optimizers and generator; returns the plain values saved with it.
+
+        Raises ValueError for a checkpoint that is not a whole one, or of another model.
+        """
+        model.load_state_dict(checkpoint.load(self.checkpoint).state_dict())
+        try:
+            tensors = load_file(self.checkpoint / "trainer.safetensors")
+            values = json.loads((self.checkpoint / "trainer.json").read_text())
+        except (OSError, SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(f"{self.checkpoint} cannot be resumed from: {error}") from error
+        generator.set_state(tensors.pop("generator"))
+        for name, optimizer in optimizers.items():
+            prefix = f"{name}."
+            state = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+            optimizer.load_state_dict(_unflatten(state, values["optimizers"][name]))
+        return values
+
+
+def _flatten(state_dict: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """An optimizer's tensors as "parameter.name", and its groups of plain values."""
+    tensors = {
+        f"{index}.{key}": value.detach().cpu().contiguous()
+        for index, entries in state_dict["state"].items()
+        for key, value in entries.items()
+        if value is not None
+    }
+    return tensors, state_dict["param_groups"]
+
+
+def _unflatten(tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = tensor
+    return {"state": state, "param_groups": groups}
