@@ -1,4 +1,4 @@
-"""The primitive on every backend of this machine against the specification: values, gradients, the exactness contract."""
+"""The primitive on every backend of this machine against the specification: values, gradients, exactness."""
 
 from __future__ import annotations
 
