@@ -74,6 +74,13 @@ def test_shuffle_covers_all_and_differs_by_epoch_and_seed() -> None:
     assert not same(epochs[0], list(batches(dataset, shuffle=True, augment=Augment(padding=2), seed=8)))
 
 
+def test_every_batch_and_epoch_has_its_own_augmentation() -> None:
+    one = image_set(1)
+    source = batches(one.subset(torch.zeros(15, dtype=torch.int64)), augment=Augment(padding=4))
+    seen = [images for _ in range(2) for images, _ in source]
+    assert not any(torch.equal(left, right) for left, right in itertools.combinations(seen, 2))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_lazy_batches_equal_those_in_memory(workers: int) -> None:
     dataset = image_set()
