@@ -1,0 +1,189 @@
+"""The Triton backend: NVIDIA GPUs from sm_80 on, levels and widths on the device, no host synchronisation.
+
+Importing this package does not import triton: the kernels' modules (`conv`, `block`, `implicit_gemm`, `launch`,
+`offline`) do, and are imported on first use. Under TRITON_INTERPRET=1 the kernels run on CPU tensors, for tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+
+NAME = "triton"
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_OLDEST_TRITON = (3, 3)
+_OLDEST_CAPABILITY = (8, 0)
+
+
+@functools.cache
+def _interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter, which takes CPU tensors. Needs triton to be importable."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from den_kernels.backends.triton.conv import conv2d_kernel
+
+    return isinstance(conv2d_kernel, InterpretedFunction)
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """None when the backend can run on this machine, else one sentence with the reason and the fix."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install 'den-kernels[triton]' (Linux only)"
+    try:
+        version = importlib.import_module("triton").__version__
+    except (ImportError, AttributeError) as error:
+        return f"importing triton failed ({error}): reinstall it with pip install 'den-kernels[triton]'"
+    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_TRITON:
+        wanted = ".".join(str(part) for part in _OLDEST_TRITON)
+        return f"triton {version} is too old: pip install 'triton>={wanted}'"
+    if _interpreted():
+        return None
+    if torch.version.hip is not None:
+        return "this torch is built for ROCm and the kernels are checked on NVIDIA only: use backend='grouped'"
+    if not torch.cuda.is_available():
+        return "torch sees no NVIDIA GPU: install a CUDA build of torch and a driver, or use backend='cpu'"
+    return None
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def rejects(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None when the backend takes tensors of this device and dtype, else one sentence that says why not."""
+    if dtype not in _DTYPES:
+        return f"the triton backend takes float32, float16 and bfloat16, not {dtype}: use backend='grouped'"
+    reason = unavailable()
+    if reason is not None:
+        return reason
+    if _interpreted():
+        return None
+    if device.type != "cuda":
+        return f"the triton backend needs CUDA tensors, not {device.type}: move them, or use backend='cpu'"
+    capability = _capability(torch.cuda.current_device() if device.index is None else device.index)
+    if capability < _OLDEST_CAPABILITY:
+        return f"the triton backend needs compute capability 8.0 or later, not {capability}: use backend='grouped'"
+    return None
+
+
+def pack_weight(weight_OIHW: torch.Tensor, groups: int) -> torch.Tensor:
+    """[O, I / groups, KH, KW] to the contiguous [O, KH, KW, I / groups] that the kernels read.
+
+    Input channels are innermost for all ``groups``: a tap of a filter is then one run of memory, as activations are.
+    """
+    return weight_OIHW.permute(0, 2, 3, 1).contiguous()
+
+
+def conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    in_width: torch.Tensor | None,
+    out_width: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> torch.Tensor:
+    """The primitive of DESIGN section 1 on [N, C, H, W]; the result is channels_last whatever x is."""
+    from den_kernels.backends.triton import conv, launch
+
+    sizes = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    out_h, out_w = (conv.output_size(*size) for size in sizes)
+    shape = (x.shape[0], weight.shape[0], out_h, out_w)
+    out = conv.empty_map(shape, x)
+    if out.numel():
+        planned = conv.plan_conv2d(
+            x.contiguous(memory_format=torch.channels_last),
+            pack_weight(weight, groups),
+            bias if bias is None else bias.contiguous(),
+            in_width if in_width is None else in_width.contiguous(),
+            out_width if out_width is None else out_width.contiguous(),
+            out,
+            (stride[0], stride[1]),
+            (padding[0], padding[1]),
+            (dilation[0], dilation[1]),
+            groups,
+        )
+        launch.run(planned, x.device)
+    return out
+
+
+def conv2d_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    in_width: torch.Tensor | None,
+    out_width: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    output_mask: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `conv2d`, computed by the grouped backend."""
+    from den_kernels.backends import grouped
+
+    return grouped.conv2d_backward(grad, x, weight, in_width, out_width, stride, padding, dilation, groups, output_mask)
+
+
+def residual_block(
+    x: torch.Tensor,
+    out: torch.Tensor,
+    level: torch.Tensor,
+    order: torch.Tensor,
+    count: torch.Tensor,
+    widths: torch.Tensor,
+    weight: Sequence[torch.Tensor],
+    scale: Sequence[torch.Tensor],
+    shift: Sequence[torch.Tensor],
+    pre_scale: torch.Tensor | None,
+    pre_shift: torch.Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    groups: Sequence[int],
+    relu: bool,
+) -> None:
+    """Write the fused block of ``x`` to ``out``, which may be ``x`` when the shapes agree.
+
+    ``weight`` comes from `pack_weight`. The kernels read levels from ``order`` and ``count`` (from `plan`), which say
+    the same as ``level`` with fewer dependent loads.
+
+    Raises:
+        ValueError: ``x`` or ``out`` is not channels_last.
+    """
+    from den_kernels.backends.triton import block, launch
+
+    for name, tensor in (("x", x), ("out", out)):
+        if not tensor.is_contiguous(memory_format=torch.channels_last):
+            raise ValueError(
+                f"{name} must be channels_last for the triton backend, got strides {tensor.stride()} for shape "
+                f"{tuple(tensor.shape)}: use {name}.contiguous(memory_format=torch.channels_last)"
+            )
+    if out.numel() == 0:
+        return
+    planned = block.plan_block(
+        x,
+        out,
+        order,
+        count,
+        widths,
+        weight,
+        scale,
+        shift,
+        pre_scale,
+        pre_shift,
+        kernel_size,
+        stride,
+        groups,
+        relu,
+        in_place=out.data_ptr() == x.data_ptr(),
+    )
+    for one in planned:
+        launch.run(one, x.device)

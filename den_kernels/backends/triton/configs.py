@@ -1,0 +1,103 @@
+"""Which tile a launch uses: decided by shape, dtype, batch size and device, never by level values or by timing.
+
+Autotuning at run time would break graph capture and repeatability. The heuristic picks from `tiles`, few enough to
+compile every one offline (tests/test_triton_compile.py).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class TileConfig(NamedTuple):
+    block_m: int  # output pixels, all of one sample
+    block_n: int  # output channels
+    block_k: int  # input channels of one tap in a step
+    num_warps: int
+    num_stages: int
+
+
+# Shared memory of a pipelined tile is about stages * (block_m + block_n) * block_k * bytes: the largest of these takes
+# 96 KiB, so every tile fits the smallest of the targets (99 KiB on sm_89).
+def _tensor_core(block_m: int, block_n: int, block_k: int) -> TileConfig:
+    warps = 8 if block_m * block_n >= 128 * 128 else 4
+    return TileConfig(block_m, block_n, block_k, warps, 3 if (block_m + block_n) * block_k > 128 * 64 else 4)
+
+
+def _fma(block_m: int, block_n: int, block_k: int) -> TileConfig:
+    """Exact float32 has no tensor cores: both operands of a step sit in registers, so steps are short."""
+    return TileConfig(block_m, block_n, block_k, 4, 2)
+
+
+# kind -> (sizes of M, N and K in ascending order, how a tile of those sizes is run)
+_FAMILIES = {
+    "half": ((16, 32, 64, 128), (16, 32, 64, 128), (32, 64), _tensor_core),
+    "tf32": ((16, 32, 64, 128), (16, 32, 64), (32,), _tensor_core),
+    "fp32": ((16, 32, 64), (16, 32, 64), (16,), _fma),
+}
+
+
+def kind(dtype: torch.dtype, precision: str) -> str:
+    if dtype == torch.float32:
+        return "tf32" if precision == "tf32" else "fp32"
+    return "half"
+
+
+def tiles(kind: str) -> list[TileConfig]:
+    """Every tile that `choose` can return."""
+    sizes_m, sizes_n, sizes_k, make = _FAMILIES[kind]
+    return [make(m, n, k) for m in sizes_m for n in sizes_n for k in sizes_k]
+
+
+def _largest(sizes: tuple[int, ...], limit: int) -> int:
+    return max((size for size in sizes if size <= limit), default=sizes[0])
+
+
+def _covering(sizes: tuple[int, ...], need: int) -> int:
+    return min((size for size in sizes if size >= need), default=sizes[-1])
+
+
+def choose(
+    kind: str,
+    *,
+    samples: int,
+    rows: int,
+    reduction: int,
+    columns: int,
+    elastic_in: bool,
+    elastic_out: bool,
+    multiprocessors: int,
+) -> TileConfig:
+    """The tile for ``samples`` products of ``rows`` pixels by ``columns`` channels over ``reduction`` channels a tap.
+
+    An elastic side is usually a quarter or a half of its full width, so its block is at most half of that: a block that
+    straddles the width does work that nobody asked for.
+    """
+    sizes_m, sizes_n, sizes_k, make = _FAMILIES[kind]
+    block_m = _covering(sizes_m, rows)
+    block_n = _covering(sizes_n, columns // 2 if elastic_out else columns)
+    block_k = _covering(sizes_k, reduction // 2 if elastic_in else reduction)
+
+    def programs() -> int:
+        return samples * -(-rows // block_m) * -(-columns // block_n)
+
+    # At a small batch the device is not filled: smaller tiles shorten the longest chain of dependent steps.
+    while programs() < multiprocessors and max(block_m, block_n) > 32:
+        if block_m >= block_n:
+            block_m = _largest(sizes_m, block_m // 2)
+        else:
+            block_n = _largest(sizes_n, block_n // 2)
+    return make(block_m, block_n, block_k)
+
+
+def group_span(group_in: int, group_out: int, groups: int) -> int:
+    """How many groups one tile takes as a block-diagonal product, so that narrow groups fill a 16-wide operand."""
+    fitting = [n for n in range(1, groups + 1) if groups % n == 0 and n * max(group_in, group_out) <= 16]
+    return max(fitting, default=1)
+
+
+def granule(chunk_in: int) -> int:
+    """Channels to which a run-time limit may be rounded up without leaving the chunk (see `accumulate`)."""
+    return 16 if chunk_in % 16 == 0 else 1

@@ -1,0 +1,212 @@
+"""Compile launches for a GPU that is not there, and report what the compiler made of them.
+
+    python -m den_kernels.backends.triton.offline [--arch 80 89 90]
+
+prints the table of docs/gpu-kernels.md. Nothing runs, so tensors may be on the "meta" device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from den_kernels.backends.triton import block, conv
+from den_kernels.backends.triton.launch import Launch
+
+# Shared memory that one block may use, KiB (CUDA C++ programming guide, table of compute capabilities).
+SHARED_LIMIT_KIB = {80: 163, 89: 99, 90: 227}
+_TYPE_NAMES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+def typical_launches(
+    dtype: torch.dtype, samples: int = 256, channels: int = 64, size: int = 32, groups: int = 1
+) -> dict[str, Launch]:
+    """Every form that the kernels take, at the shape of one stage of a network; by default WRN-32-4's first."""
+
+    def activations(width: int, pixels: int) -> torch.Tensor:
+        empty = torch.empty((samples, width, pixels, pixels), dtype=dtype, device="meta")
+        return empty.to(memory_format=torch.channels_last)
+
+    def filters(outputs: int, inputs: int, kernel: int) -> torch.Tensor:
+        return torch.empty((outputs, kernel, kernel, inputs), dtype=dtype, device="meta")
+
+    def integers(count: int) -> torch.Tensor:
+        return torch.empty(count, dtype=torch.int32, device="meta")
+
+    def rows(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float32, device="meta")
+
+    x, levels = activations(channels, size), 4
+    plan = (integers(samples), integers(levels), integers(levels))
+    table = rows(levels, channels)
+    square = filters(channels, channels // groups, 3)
+    first, last = block.plan_block(
+        x,
+        x,
+        *plan,
+        [square] * 2,
+        [table] * 2,
+        [table] * 2,
+        None,
+        None,
+        [3, 3],
+        [1, 1],
+        [groups] * 2,
+        True,
+        in_place=True,
+    )
+    pre = rows(channels)
+    first_pre = block.plan_block(
+        x,
+        x,
+        *plan,
+        [square] * 2,
+        [table] * 2,
+        [table] * 2,
+        pre,
+        pre,
+        [3, 3],
+        [1, 1],
+        [groups] * 2,
+        False,
+        in_place=True,
+    )[0]
+    wide = rows(levels, 2 * channels)
+    *_, inner, last_pooled = block.plan_block(
+        x,
+        activations(2 * channels, size // 2),
+        *plan,
+        [filters(channels, channels, 1), square, filters(2 * channels, channels, 1)],
+        [table, table, wide],
+        [table, table, wide],
+        None,
+        None,
+        [1, 3, 1],
+        [1, 2, 1],
+        [1, groups, 1],
+        True,
+        in_place=False,
+    )
+    width, geometry = integers(samples), ((1, 1), (1, 1), (1, 1), groups)
+    return {
+        "conv2d": conv.plan_conv2d(x, square, rows(channels).to(dtype), width, width, x, *geometry),
+        "conv2d, full": conv.plan_conv2d(x, square, None, None, None, x, *geometry),
+        "first": first,
+        "first, pre-activation": first_pre,
+        "inner": inner,
+        "last": last,
+        "last, pooled": last_pooled,
+    }
+
+
+class Report(NamedTuple):
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    ptx: str
+
+    @property
+    def matrix_instruction(self) -> str:
+        """ "wgmma", "mma.sync", or "fma" when there is no tensor-core instruction."""
+        return next((name for name in ("wgmma", "mma.sync") if name in self.ptx), "fma")
+
+    @property
+    def vector_copies(self) -> int:
+        """16-byte asynchronous copies from global to shared memory."""
+        return self.ptx.count("cp.async.cg.shared.global")
+
+
+def _ptxas(arch: int, ptx: str) -> str:
+    name = re.search(r"\.target (sm_\w+)", ptx)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        command = [get_ptxas(arch).path, "-v", f"--gpu-name={name[1] if name else f'sm_{arch}'}", str(source)]
+        done = subprocess.run(
+            [*command, "-o", str(Path(folder, "kernel.cubin"))], capture_output=True, text=True, check=False
+        )
+    if done.returncode:
+        raise RuntimeError(f"ptxas failed for sm_{arch}: {done.stderr.strip()}")
+    return done.stderr
+
+
+def compile_launch(launch: Launch, arch: int) -> Report:
+    """Compile ``launch`` for compute capability ``arch`` (90 is 9.0), specialised as the JIT would at run time.
+
+    Raises:
+        RuntimeError: the kernels are interpreted (TRITON_INTERPRET=1), or ptxas refuses the code.
+    """
+    if not isinstance(launch.kernel, triton.JITFunction):
+        raise RuntimeError("offline compiles need the real JIT: unset TRITON_INTERPRET")
+    values = launch.arguments | launch.constants | launch.blocks
+    generic = launch.kernel.do_not_specialize or ()
+    unaligned = launch.kernel.do_not_specialize_on_alignment or ()
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(launch.kernel.arg_names):
+        value = values[name]
+        if isinstance(value, torch.Tensor):
+            signature[name] = f"*{_TYPE_NAMES[value.dtype]}"
+            if name not in unaligned:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        elif name in launch.arguments and value is not None and (name in generic or value != 1):
+            signature[name] = "i32"
+            if name not in generic and value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "constexpr"
+            constants[name] = value
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+    ptx = compiled.asm["ptx"]
+    log = _ptxas(arch, ptx)
+    registers = re.search(r"Used (\d+) registers", log)
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
+    return Report(
+        registers=int(registers[1]) if registers else 0,
+        spill_bytes=sum(int(n) for n in spills),
+        shared_bytes=compiled.metadata.shared,
+        ptx=ptx,
+    )
+
+
+def main() -> None:
+    """Print what the compiler makes of each kernel at each stage of WRN-32-4 in bfloat16."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument(
+        "--arch", type=int, nargs="+", default=sorted(SHARED_LIMIT_KIB), choices=sorted(SHARED_LIMIT_KIB)
+    )
+    parser.add_argument("--batch", type=int, nargs="+", default=[256])
+    arguments = parser.parse_args()
+    print("| kernel | batch | channels, size | tile M x N x K, warps, stages | per sm: registers, shared KiB, spills |")
+    print("|---|---|---|---|---|")
+    for batch in arguments.batch:
+        for channels, size in ((64, 32), (128, 16), (256, 8)):
+            for name, launch in typical_launches(torch.bfloat16, batch, channels, size).items():
+                m, n, k, warps, stages = launch.tile
+                cells = []
+                for arch in arguments.arch:
+                    report = compile_launch(launch, arch)
+                    shared = report.shared_bytes / 1024
+                    cells.append(f"{arch}: {report.registers}, {shared:.0f}, {report.spill_bytes}")
+                tile = f"{m} x {n} x {k}, {warps}, {stages}"
+                print(f"| {name} | {batch} | {channels}, {size} | {tile} | {'; '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

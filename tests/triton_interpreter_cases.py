@@ -1,0 +1,293 @@
+"""Cases of test_triton_interpreter.py: every kernel against the specification, on CPU tensors.
+
+The interpreter checks logic only; it is blind to races and layouts. Its bfloat16 products are wrong, so the half case
+is float16. Shapes are tiny because a program takes milliseconds. Suffixes: N samples, C channels, H W space, L levels.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from den_kernels import reference
+from den_kernels.backends import triton as backend
+from den_kernels.backends.triton import configs
+from den_kernels.plan import order_and_count
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2}
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_empty():
+    """torch.empty is filled with NaN, outputs and the hidden buffer included."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def _random(*shape, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def _map(n, c, h, w, dtype=torch.float32, seed=0):
+    return _random(n, c, h, w, seed=seed, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _close(got, want, dtype):
+    torch.testing.assert_close(got.float(), want.float(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def _poison(x, width_N):
+    for n, width in enumerate(width_N.tolist()):
+        x[n, width:] = float("nan")
+    return x
+
+
+# channels, outputs, kernel, stride, padding, dilation, groups, in_width, out_width
+CONVS = {
+    "3x3": (20, 40, (3, 3), (1, 1), (1, 1), (1, 1), 1, [20, 5, 0], [40, 13, 0]),
+    "3x3 aligned": (32, 32, (3, 3), (1, 1), (1, 1), (1, 1), 1, [32, 16, 7], [16, 32, 8]),
+    "1x1": (48, 17, (1, 1), (1, 1), (0, 0), (1, 1), 1, [48, 1, 33], [17, 16, 1]),
+    "stride 2": (16, 16, (3, 3), (2, 2), (1, 1), (1, 1), 1, [4, 8, 16], [16, 8, 4]),
+    "uneven": (6, 9, (2, 3), (1, 2), (0, 2), (2, 1), 1, [6, 2, 3], [9, 4, 1]),
+    "groups": (24, 48, (3, 3), (1, 1), (1, 1), (1, 1), 2, [24, 12, 0], [48, 24, 24]),
+    "narrow groups": (16, 32, (3, 3), (1, 1), (1, 1), (1, 1), 8, [16, 6, 2], [32, 12, 8]),
+    "depthwise": (20, 20, (3, 3), (1, 1), (1, 1), (1, 1), 20, [20, 7, 1], [20, 3, 2]),
+}
+
+
+@pytest.mark.parametrize(
+    ("widths", "dtype"),
+    [("both", torch.float32), ("in", torch.float32), ("none", torch.float32), ("both", torch.float16)],
+    ids=["both-fp32", "in-fp32", "none-fp32", "both-fp16"],
+)
+@pytest.mark.parametrize("name", CONVS)
+def test_conv2d(name, widths, dtype):
+    c, o, kernel, stride, padding, dilation, groups, in_width, out_width = CONVS[name]
+    in_width = torch.tensor(in_width) if widths != "none" else None
+    out_width = torch.tensor(out_width, dtype=torch.int32) if widths == "both" else None
+    x = _map(3, c, 7, 5, dtype)
+    if in_width is not None:
+        _poison(x, in_width)
+    weight, bias = _random(o, c // groups, *kernel, dtype=dtype) / 8, _random(o, dtype=dtype)
+    got = backend.conv2d(x, weight, bias, in_width, out_width, stride, padding, dilation, groups)
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    want = reference.den_conv2d(x.float(), weight.float(), bias.float(), in_width, out_width, **options)
+    assert got.dtype == dtype
+    _close(got, want, dtype)
+    if out_width is not None:
+        for n, width in enumerate(out_width.tolist()):
+            assert (got[n, width:] == 0).all()
+
+
+def test_conv2d_takes_any_layout_and_no_bias():
+    x, weight = _random(2, 6, 5, 4), _random(8, 6, 3, 3)
+    width = torch.tensor([3, 6])
+    got = backend.conv2d(x, weight, None, width, None, (1, 1), (1, 1), (1, 1), 1)
+    _close(got, reference.den_conv2d(x, weight, None, width, padding=1), torch.float32)
+
+
+def test_conv2d_clamps_widths_out_of_range():
+    x, weight = _map(2, 6, 5, 4), _random(8, 6, 3, 3)
+    wild, tame = torch.tensor([2**40, -3]), torch.tensor([6, 0])
+    got = backend.conv2d(x, weight, None, wild, wild, (1, 1), (1, 1), (1, 1), 1)
+    want = reference.den_conv2d(x, weight, None, tame, torch.tensor([8, 0]), padding=1)
+    _close(got, want, torch.float32)
+
+
+def test_conv2d_of_no_samples():
+    x, weight = _map(0, 6, 5, 4), _random(8, 6, 3, 3)
+    empty = torch.zeros(0, dtype=torch.int32)
+    assert backend.conv2d(x, weight, None, empty, empty, (1, 1), (1, 1), (1, 1), 1).shape == (0, 8, 5, 4)
+
+
+def test_conv2d_does_not_depend_on_batch_mates():
+    x, weight = _map(4, 32, 6, 6), _random(32, 32, 3, 3)
+    in_width, out_width = torch.tensor([32, 8, 16, 0]), torch.tensor([8, 32, 24, 16])
+    other = torch.tensor([3, 0, 1, 2])
+    run = lambda order: backend.conv2d(  # noqa: E731
+        x[order], weight, None, in_width[order], out_width[order], (1, 1), (1, 1), (1, 1), 1
+    )
+    assert torch.equal(run(torch.arange(4))[other], run(other))
+
+
+# in, hidden, out, kernels, strides, groups, widths
+BLOCKS = {
+    "basic": (16, 32, 16, (3, 3), (1, 1), (1, 1), (0, 8, 16, 32)),
+    "odd widths": (9, 21, 9, (3, 3), (1, 1), (1, 1), (0, 5, 11, 21)),
+    "stride and more channels": (8, 16, 20, (3, 3), (2, 1), (1, 1), (0, 4, 8, 16)),
+    "stride in the second": (8, 16, 8, (3, 3), (1, 2), (1, 1), (0, 4, 16)),
+    "no level 0": (16, 16, 16, (3, 3), (1, 1), (1, 1), (8, 16)),
+    "one level": (16, 16, 16, (3, 3), (1, 1), (1, 1), (16,)),
+    "bottleneck": (32, 16, 32, (1, 3, 1), (1, 1, 1), (1, 1, 1), (0, 4, 8, 16)),
+    "bottleneck stride 3": (8, 16, 24, (1, 3, 1), (1, 3, 1), (1, 1, 1), (0, 3, 16)),
+    "paths": (16, 32, 16, (1, 3, 1), (1, 1, 1), (1, 2, 1), (0, 16, 32)),
+    "narrow paths": (16, 32, 16, (1, 3, 1), (1, 2, 1), (1, 8, 1), (0, 4, 12, 32)),
+    "uneven paths": (16, 36, 16, (1, 3, 1), (1, 1, 1), (1, 3, 1), (0, 12, 24, 36)),
+}
+
+
+class _Block:
+    def __init__(self, name, dtype=torch.float32, pre=False, relu=True):
+        c, hidden, self.out, self.kernels, self.strides, self.groups, self.widths = BLOCKS[name]
+        self.channels, self.relu, self.dtype = c, relu, dtype
+        ins = [c] + [hidden] * (len(self.kernels) - 1)
+        outs = [hidden] * (len(self.kernels) - 1) + [self.out]
+        self.weight = [
+            _random(o, i // g, k, k, dtype=dtype) / (k * (i // g) ** 0.5)
+            for o, i, g, k in zip(outs, ins, self.groups, self.kernels, strict=True)
+        ]
+        levels = len(self.widths)
+        self.scale = [_random(levels, o, seed=1) for o in outs]
+        self.shift = [_random(levels, o, seed=2) for o in outs]
+        self.pre_scale = _random(c, seed=3) if pre else None
+        self.pre_shift = _random(c, seed=4) if pre else None
+
+    def reference(self, x, level):
+        return reference.residual_block(
+            x.float(),
+            level,
+            self.widths,
+            [w.float() for w in self.weight],
+            self.scale,
+            self.shift,
+            pre_scale=self.pre_scale,
+            pre_shift=self.pre_shift,
+            stride=self.strides,
+            groups=self.groups,
+            relu=self.relu,
+        )
+
+    def run(self, x, level, out=None):
+        order, count = order_and_count(level[:, None], len(self.widths))
+        step = torch.Size(self.strides).numel()
+        if out is None:
+            shape = (x.shape[0], self.out, -(-x.shape[2] // step), -(-x.shape[3] // step))
+            out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+        backend.residual_block(
+            x,
+            out,
+            level,
+            order[0],
+            count[0],
+            torch.tensor(self.widths, dtype=torch.int32),
+            [backend.pack_weight(w, g) for w, g in zip(self.weight, self.groups, strict=True)],
+            self.scale,
+            self.shift,
+            self.pre_scale,
+            self.pre_shift,
+            self.kernels,
+            self.strides,
+            self.groups,
+            self.relu,
+        )
+        return out
+
+
+def _levels(block, n):
+    return (torch.arange(n, dtype=torch.int32) + 1) % len(block.widths)
+
+
+@DTYPES
+@pytest.mark.parametrize("name", BLOCKS)
+def test_residual_block(name, dtype):
+    block = _Block(name, dtype)
+    x = _map(4, block.channels, 7, 5, dtype)
+    level = _levels(block, 4)
+    _close(block.run(x, level), block.reference(x, level), dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("name", ["basic", "odd widths", "stride and more channels", "bottleneck"])
+def test_residual_block_with_pre_activation(name, dtype):
+    block = _Block(name, dtype, pre=True, relu=False)
+    x = _map(4, block.channels, 7, 5, dtype)
+    level = _levels(block, 4)
+    _close(block.run(x, level), block.reference(x, level), dtype)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_level_0_is_the_shortcut_bit_for_bit(name):
+    block = _Block(name)
+    x = _map(3, block.channels, 7, 5)
+    x[1, 0, 0, 0] = -0.0
+    level = torch.tensor([len(block.widths) - 1, 0, 0], dtype=torch.int32)
+    if block.widths[0] == 0:
+        got, want = block.run(x, level)[1:], block.reference(x, level)[1:]
+        assert torch.equal(got.contiguous().view(torch.int32), want.contiguous().view(torch.int32))
+
+
+@pytest.mark.parametrize("name", ["basic", "odd widths", "bottleneck"])
+def test_in_place(name):
+    block = _Block(name)
+    x = _map(4, block.channels, 7, 5)
+    level = torch.tensor([1, 0, 2, 3], dtype=torch.int32)
+    want = block.run(x, level)
+    got = x.clone(memory_format=torch.preserve_format)
+    block.run(got, level, out=got)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("level", [0, 3])
+def test_one_sample(level):
+    block = _Block("basic")
+    x = _map(1, block.channels, 4, 4)
+    level = torch.tensor([level], dtype=torch.int32)
+    _close(block.run(x, level), block.reference(x, level), torch.float32)
+
+
+def test_no_samples():
+    block = _Block("basic")
+    x = _map(0, block.channels, 4, 4)
+    assert block.run(x, torch.zeros(0, dtype=torch.int32)).shape == x.shape
+
+
+@pytest.mark.parametrize("name", ["basic", "narrow paths"])
+def test_a_sample_does_not_depend_on_its_batch_mates(name):
+    block = _Block(name)
+    x = _map(4, block.channels, 6, 6)
+    one, other = torch.tensor([1, 0, 2, 2], dtype=torch.int32), torch.tensor([0, 2, 2, 1], dtype=torch.int32)
+    mixed = torch.stack((x[1], x[3], x[2], x[0])).contiguous(memory_format=torch.channels_last)
+    first, second = block.run(x, one), block.run(mixed, other)
+    assert torch.equal(first[0], second[3])
+    assert torch.equal(first[2], second[2])
+    assert torch.equal(first[3], second[1])
+
+
+def test_nan_of_one_sample_stays_there():
+    block = _Block("basic")
+    x = _map(3, block.channels, 5, 5)
+    x[1] = float("nan")
+    level = torch.tensor([3, 3, 1], dtype=torch.int32)
+    got = block.run(x, level)
+    assert got[1].isnan().all()
+    assert not got[0].isnan().any()
+    assert not got[2].isnan().any()
+
+
+@pytest.mark.parametrize("block_m", [16, 32])
+@pytest.mark.parametrize("block_k", [16, 32])
+def test_every_cut_into_tiles_gives_the_same_numbers(block_m, block_k, monkeypatch):
+    """Tiles smaller than the map and the channels, which tiny shapes would not meet otherwise."""
+    tile = configs.TileConfig(block_m, 16, block_k, 4, 2)
+    monkeypatch.setattr(configs, "choose", lambda *_, **__: tile)
+    for name, pre in (("basic", True), ("odd widths", False), ("paths", False)):
+        block = _Block(name, pre=pre)
+        x = _map(2, block.channels, 7, 6)
+        level = _levels(block, 2)
+        _close(block.run(x, level), block.reference(x, level), torch.float32)
+
+
+def test_cpu_tensors_are_taken_in_the_interpreter_only_in_its_dtypes():
+    assert backend.unavailable() is None
+    assert backend.rejects(torch.device("cpu"), torch.float32) is None
+    assert "float64" in backend.rejects(torch.device("cpu"), torch.float64)
+
+
+def test_a_map_that_is_not_channels_last_is_refused():
+    block = _Block("basic")
+    x = _random(2, block.channels, 4, 4)
+    with pytest.raises(ValueError, match="x must be channels_last"):
+        block.run(x, torch.zeros(2, dtype=torch.int32))
