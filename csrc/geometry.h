@@ -1,0 +1,70 @@
+// Shapes: one convolution's sizes, the blocked map that it reads, and where its taps lie in that map.
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+#include "kernels.h"
+
+namespace den {
+
+inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+inline int round_up(int a, int b) { return ceil_div(a, b) * b; }
+
+struct Pair {
+    int y, x;
+};
+
+struct ConvShape {
+    int in_channels, out_channels, groups;
+    int height, width;  // of the input
+    Pair kernel, stride, padding, dilation;
+
+    int taps() const { return kernel.y * kernel.x; }
+    int group_in() const { return in_channels / groups; }
+    int group_out() const { return out_channels / groups; }
+    int out_height() const { return (height + 2 * padding.y - dilation.y * (kernel.y - 1) - 1) / stride.y + 1; }
+    int out_width() const { return (width + 2 * padding.x - dilation.x * (kernel.x - 1) - 1) / stride.x + 1; }
+    double macs_per_channel_pair() const { return double(out_height()) * out_width() * taps(); }
+    // Units (blocks of 16 output channels of a group) when active_out channels of all groups together are produced.
+    int units(int active_out) const {
+        const int active_groups = groups == 1 ? 1 : active_out / group_out();
+        return active_groups * ceil_div(groups == 1 ? active_out : group_out(), kBlock);
+    }
+};
+
+// The zero-padded blocked map that a convolution reads (see kernels.h), without its memory.
+class BlockedMap {
+public:
+    explicit BlockedMap(const ConvShape& conv);
+
+    std::size_t floats() const { return floats_; }
+    const ConvShape& conv() const { return conv_; }
+    const std::vector<std::ptrdiff_t>& taps() const { return taps_; }
+    std::ptrdiff_t row_pitch() const { return row_pitch_; }
+    std::ptrdiff_t block_pitch() const { return block_pitch_; }
+    // Where the image begins, and the offset of each of its columns.
+    float* image(float* map) const { return map + conv_.padding.y * row_pitch_; }
+    const std::ptrdiff_t* columns() const { return columns_.data() + conv_.padding.x; }
+    // The same, negative for a column that no tap reads.
+    const std::ptrdiff_t* read_columns() const { return read_columns_.data() + conv_.padding.x; }
+
+    // Writes the zeros around the image of the first `channels` channels. Nothing else ever writes them.
+    void zero_border(float* map, int channels) const;
+
+    // The pass of this convolution over a filled map, its output and epilogue still to be set. active_in and
+    // active_out count channels of all groups together; with groups they are whole groups.
+    ConvPass pass(const float* map, const float* weight, int active_in, int active_out) const;
+
+private:
+    ConvShape conv_;
+    int rows_;
+    std::ptrdiff_t row_pitch_, block_pitch_;
+    std::size_t floats_;
+    std::vector<std::ptrdiff_t> columns_, read_columns_, taps_;
+};
+
+// Column offsets of an NHWC row.
+std::vector<std::ptrdiff_t> nhwc_columns(int width, int channels);
+
+}  // namespace den

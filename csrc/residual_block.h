@@ -1,0 +1,37 @@
+// A whole residual block in one call, for inference.
+#pragma once
+
+#include <vector>
+
+namespace den {
+
+struct BlockConv {
+    const float* weight;  // packed (pack.h)
+    const float* scale;   // [levels, out_channels]
+    const float* shift;   // [levels, out_channels]
+    int out_channels, kernel, stride, groups;
+};
+
+// out = shortcut(x) + conv_k(... relu(conv_1(h))), h = x or relu(pre_scale * x + pre_shift); each convolution is followed
+// by the scale and shift of the sample's level. Samples of width 0: out = shortcut(x), nothing else.
+struct ResidualBlock {
+    const float* x;  // NHWC
+    float* out;      // NHWC; may be x when the shapes agree
+    int samples, channels, height, width;
+    const int* level;   // [samples], below `levels`
+    const int* order;   // [samples], a permutation
+    const int* widths;  // [levels], ascending, at most the hidden channels; whole groups
+    int levels;
+    std::vector<BlockConv> convs;
+    const float* pre_scale;  // [channels], or null
+    const float* pre_shift;
+    bool relu;
+    int threads;
+};
+
+// Output size of the block.
+void block_out_size(const ResidualBlock& block, int* height, int* width);
+
+void residual_block(const ResidualBlock& block);
+
+}  // namespace den

@@ -1,0 +1,69 @@
+#include "schedule.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+namespace den {
+
+float* scratch(std::size_t floats) {
+    struct Free {
+        void operator()(float* p) const { std::free(p); }
+    };
+    thread_local std::unique_ptr<float, Free> memory;
+    thread_local std::size_t capacity = 0;
+    if (floats > capacity) {
+        memory.reset();  // before asking for more: the old contents are of no use
+        capacity = 0;
+        const std::size_t bytes = (floats * sizeof(float) + 4095) / 4096 * 4096;
+        void* p = std::aligned_alloc(4096, bytes);
+        if (!p) throw std::bad_alloc();
+        memory.reset(static_cast<float*>(p));
+        capacity = bytes / sizeof(float);
+    }
+    return memory.get();
+}
+
+int count_whole(const std::vector<double>& cost, int threads) {
+    const int n = int(cost.size());
+    if (threads == 1) return n;
+    // Work shared inside a sample waits at a barrier after each convolution: a little dearer.
+    constexpr double kSharing = 1.05;
+    double rest = 0;
+    for (double c : cost) rest += c;
+    std::vector<double> load(threads, 0.0);
+    const int fewest = std::max(0, n - 2 * threads);
+    int best = n;
+    double best_time = -1, longest = 0;
+    for (int whole = 0; whole <= n; ++whole) {
+        if (whole > 0) {
+            auto idlest = std::min_element(load.begin(), load.end());
+            *idlest += cost[whole - 1];
+            longest = std::max(longest, *idlest);
+            rest -= cost[whole - 1];
+        }
+        if (whole < fewest) continue;
+        // All threads go on to the shared samples as soon as they are free.
+        double busy = 0;
+        for (double l : load) busy += l;
+        const double time = std::max(longest, (busy + kSharing * rest) / threads);
+        if (best_time < 0 || time <= best_time) best_time = time, best = whole;
+    }
+    return best;
+}
+
+Cut::Cut(const ConvShape& conv, int active_in, int active_out, int parts)
+    : units(conv.units(active_out)), rows(conv.out_height()) {
+    const double weights = double(active_out) * active_in / conv.groups * conv.taps();
+    const double map = double(active_in) * conv.height * conv.width;
+    if (weights > map) {
+        by_units = std::min(parts, units);
+        by_rows = std::min(ceil_div(parts, by_units), rows);
+    } else {
+        by_rows = std::min(parts, rows);
+        by_units = std::min(ceil_div(parts, by_rows), units);
+    }
+}
+
+}  // namespace den
