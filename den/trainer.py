@@ -6,9 +6,8 @@ N samples, B blocks, L levels, K sampled paths.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 from tqdm import tqdm
 
+from den.config import EstimatorConfig, SelectorConfig, TrainConfig
 from den.data import Batches
 from den.flops import cost_ratios
 from den.freeze import freeze
@@ -26,108 +26,7 @@ from den.model import DEN
 from den.run_folder import RunFolder
 from den.tasks import Task
 
-SCHEDULES = ("constant", "step", "cosine")
-
-
-@dataclass
-class EstimatorConfig:
-    """How the estimator is trained. The paper: SGD, Nesterov momentum 0.9, rate 0.1, divided by 10 at convergence."""
-
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    """Unstated in the paper; the usual value for CIFAR."""
-    first_epochs: int = 200
-    """Most epochs of the first stage (the authors' code: 200)."""
-    epochs: int = 40
-    """Most epochs of a later stage (the authors' code: 40)."""
-    schedule: str = "step"
-    """Within a phase: constant, step (divided by 10 at half and three quarters, as the authors' code) or cosine."""
-    decay: float = 0.1
-    """Factor on the rate after a stage."""
-    decays: int = 4
-    """Most decays ("three or four decays happened in all experiments")."""
-    patience: int = 0
-    """Epochs without progress that count as convergence; 0 runs the epochs given."""
-    levels: str = "sample"
-    """Later stages: paths sampled from the selector (the paper) or its argmax (the authors' code)."""
-    full_share: float = 0.0
-    """Later stages: share of each batch kept at the full path; equation 8's reason, held on to. 0 is the paper."""
-
-
-@dataclass
-class SelectorConfig:
-    """How the selector is trained. The paper: Adam, rate 1e-5, policy gradient of equation 7."""
-
-    lr: float = 1e-5
-    epochs: int = 12
-    """Most epochs of a stage (the authors' code: 12)."""
-    schedule: str = "constant"
-    decay: float = 0.1
-    decays: int = 4
-    patience: int = 0
-    paths: int = 4
-    """|Z|, paths sampled for each image; unstated in the paper."""
-    epsilon_decay: float = 0.99
-    """epsilon-greedy: at step t a path is uniform with probability epsilon_decay**t (the authors' code). 0: never."""
-    baseline: str = "none"
-    """"none" (the paper) or "leave_one_out": the same expected gradient with less variance."""
-    split: str = "train"
-    """Images that it learns from: "train", or "val", held out from the estimator."""
-
-
-@dataclass
-class TrainConfig:
-    """A whole training run."""
-
-    rho: float = 0.1
-    """Weight of the sparsity term, equation 5."""
-    tau: float = 0.75
-    """Weight of the full path in the initial distribution, equation 8."""
-    stages: int = 4
-    """S of Algorithm 1."""
-    batch_size: int = 128
-    seed: int = 0
-    estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
-    selector: SelectorConfig = field(default_factory=SelectorConfig)
-    accelerator: str = "auto"
-    """Devices, precision and machines are Lightning Fabric's."""
-    devices: int = 1
-    precision: str = "32-true"
-    out: Path | None = None
-    """Run folder: config.json, metrics.jsonl, summary.json, checkpoint/. None writes nothing."""
-    resume: bool = False
-    """Go on from the run folder's checkpoint."""
-    progress: bool = True
-    """Show a progress bar where standard error is a terminal."""
-
-    def check(self) -> None:
-        """Raise ValueError naming the first field that is out of range."""
-        e, s = self.estimator, self.selector
-        rules = (
-            ("rho", self.rho, self.rho >= 0, "at least 0"),
-            ("tau", self.tau, 0 <= self.tau <= 1, "between 0 and 1"),
-            ("stages", self.stages, self.stages >= 1, "at least 1"),
-            ("batch_size", self.batch_size, self.batch_size >= 1, "at least 1"),
-            ("estimator.lr", e.lr, e.lr > 0, "above 0"),
-            ("estimator.first_epochs", e.first_epochs, e.first_epochs >= 1, "at least 1"),
-            ("estimator.epochs", e.epochs, e.epochs >= 0, "at least 0"),
-            ("estimator.schedule", e.schedule, e.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
-            ("estimator.levels", e.levels, e.levels in ("sample", "argmax"), "sample or argmax"),
-            ("estimator.full_share", e.full_share, 0 <= e.full_share <= 1, "between 0 and 1"),
-            ("selector.lr", s.lr, s.lr > 0, "above 0"),
-            ("selector.epochs", s.epochs, s.epochs >= 0, "at least 0"),
-            ("selector.schedule", s.schedule, s.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
-            ("selector.paths", s.paths, s.paths >= 1, "at least 1"),
-            ("selector.epsilon_decay", s.epsilon_decay, 0 <= s.epsilon_decay < 1, "at least 0 and below 1"),
-            ("selector.baseline", s.baseline, s.baseline in ("none", "leave_one_out"), "none or leave_one_out"),
-            ("selector.split", s.split, s.split in ("train", "val"), "train or val"),
-        )
-        for name, value, holds, allowed in rules:
-            if not holds:
-                raise ValueError(f"{name} is {value!r}; it must be {allowed}")
-        if s.baseline == "leave_one_out" and s.paths < 2:
-            raise ValueError(f"selector.paths is {s.paths}; the leave_one_out baseline needs at least 2")
+__all__ = ["EstimatorConfig", "SelectorConfig", "TrainConfig", "Trainer"]
 
 
 @dataclass
@@ -150,11 +49,21 @@ class Trainer:
         model: its tasks and classes must be those of `tasks`.
         tasks: every step takes a batch of each.
         config: see `TrainConfig`; the defaults are the paper's, and the authors' code where that is silent.
+        source: what JSON can hold about where each task's images came from, kept in config.json and the checkpoint.
+        on_epoch: called with each record of metrics.jsonl.
 
     Raises ValueError for a model, tasks or configuration that do not fit together.
     """
 
-    def __init__(self, model: DEN, tasks: Sequence[Task], config: TrainConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: DEN,
+        tasks: Sequence[Task],
+        config: TrainConfig | None = None,
+        *,
+        source: Mapping[str, Any] | None = None,
+        on_epoch: Callable[[dict[str, Any]], object] | None = None,
+    ) -> None:
         self.config = config = TrainConfig() if config is None else config
         config.check()
         found = {task.name: task.num_classes for task in tasks}
@@ -163,6 +72,7 @@ class Trainer:
         if config.selector.split == "val" and any(task.val is None for task in tasks):
             raise ValueError("selector.split is 'val', but a task holds nothing out; load it with val_fraction above 0")
         self.tasks = list(tasks)
+        self.source, self.on_epoch = dict(source or {}), on_epoch
         self.fabric = Fabric(accelerator=config.accelerator, devices=config.devices, precision=config.precision)  # type: ignore[arg-type]
         self.fabric.launch()
         self.ratio_BL = cost_ratios(model).to(self.fabric.device)
@@ -346,13 +256,18 @@ class Trainer:
     def _describe(self) -> dict[str, Any]:
         train = asdict(self.config)
         train["out"] = str(self.config.out)
-        preprocessing = {task.name: task.preprocessing for task in self.tasks}
-        return {"train": train, "model": self.model.config, "preprocessing": preprocessing}
+        return {"train": train, "model": self.model.config, **self._meta()}
+
+    def _meta(self) -> dict[str, Any]:
+        """What evaluation and prediction need to know of the tasks."""
+        return {"preprocessing": {task.name: task.preprocessing for task in self.tasks}, "source": self.source}
 
     def _log(self, record: dict[str, Any]) -> None:
         if self.folder is not None and self.fabric.is_global_zero:
             self.folder.append_metrics(record)
             self.position.lines += 1
+        if self.on_epoch is not None and self.fabric.is_global_zero:
+            self.on_epoch(record)
 
     def _summary(self) -> dict[str, Any]:
         frozen = freeze(self.model)
@@ -367,10 +282,9 @@ class Trainer:
     def _save(self) -> None:
         if self.folder is None or not self.fabric.is_global_zero:
             return
-        meta = {"preprocessing": {task.name: task.preprocessing for task in self.tasks}}
         self.folder.save_checkpoint(
             self.model,
-            meta,
+            self._meta(),
             optimizers={"estimator": self.estimator_optimizer, "selector": self.selector_optimizer},
             generator=self.generator,
             values={"position": asdict(self.position), "batches": self._batch_positions()},

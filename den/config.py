@@ -1,0 +1,131 @@
+"""How a run is trained: plain values, so that the command line can describe them without importing PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SCHEDULES = ("constant", "step", "cosine")
+
+
+@dataclass
+class EstimatorConfig:
+    """How the estimator is trained. The paper: SGD, Nesterov momentum 0.9, rate 0.1, divided by 10 at convergence."""
+
+    lr: float = 0.1
+    """Learning rate of the first stage."""
+    momentum: float = 0.9
+    """Nesterov momentum; 0: none."""
+    weight_decay: float = 5e-4
+    """Unstated in the paper; the usual value for CIFAR."""
+    first_epochs: int = 200
+    """Most epochs of the first stage (the authors' code: 200)."""
+    epochs: int = 40
+    """Most epochs of a later stage (the authors' code: 40)."""
+    schedule: str = "step"
+    """Within a phase: constant, step (divided by 10 at half and three quarters, as the authors' code) or cosine."""
+    decay: float = 0.1
+    """Factor on the rate after a stage."""
+    decays: int = 4
+    """Most decays ("three or four decays happened in all experiments")."""
+    patience: int = 0
+    """Epochs without progress that count as convergence; 0 runs the epochs given."""
+    levels: str = "sample"
+    """Later stages: paths sampled from the selector (the paper) or its argmax (the authors' code)."""
+    full_share: float = 0.0
+    """Later stages: share of each batch kept at the full path; equation 8's reason, held on to. 0 is the paper."""
+
+
+@dataclass
+class SelectorConfig:
+    """How the selector is trained. The paper: Adam, rate 1e-5, policy gradient of equation 7."""
+
+    lr: float = 1e-5
+    """Learning rate of the first stage."""
+    epochs: int = 12
+    """Most epochs of a stage (the authors' code: 12)."""
+    schedule: str = "constant"
+    """Within a phase: constant, step (divided by 10 at half and three quarters) or cosine."""
+    decay: float = 0.1
+    """Factor on the rate after a stage."""
+    decays: int = 4
+    """Most decays."""
+    patience: int = 0
+    """Epochs without progress that count as convergence; 0 runs the epochs given."""
+    paths: int = 4
+    """|Z|, paths sampled for each image; unstated in the paper."""
+    epsilon_decay: float = 0.99
+    """epsilon-greedy: at step t a path is uniform with probability epsilon_decay**t (the authors' code). 0: never."""
+    baseline: str = "none"
+    """"none" (the paper) or "leave_one_out": the same expected gradient with less variance."""
+    split: str = "train"
+    """Images that it learns from: "train", or "val", held out from the estimator."""
+
+
+@dataclass
+class TrainConfig:
+    """A whole training run."""
+
+    rho: float = 0.1
+    """Weight of the sparsity term, equation 5."""
+    tau: float = 0.75
+    """Weight of the full path in the initial distribution, equation 8."""
+    stages: int = 4
+    """S of Algorithm 1."""
+    batch_size: int = 128
+    """Images of each task in a step."""
+    seed: int = 0
+    """Of the order of images, augmentation and sampled paths."""
+    estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
+    """How the estimator is trained."""
+    selector: SelectorConfig = field(default_factory=SelectorConfig)
+    """How the selector is trained."""
+    accelerator: str = "auto"
+    """auto, cpu, cuda, ...: devices, precision and machines are Lightning Fabric's."""
+    devices: int = 1
+    """How many of them on this machine."""
+    precision: str = "32-true"
+    """Lightning Fabric's name of it, such as bf16-mixed."""
+    out: Path | None = None
+    """Run folder: config.json, metrics.jsonl, summary.json, checkpoint/. None writes nothing."""
+    resume: bool = False
+    """Go on from the run folder's checkpoint."""
+    progress: bool = True
+    """Show a progress bar where standard error is a terminal."""
+
+    def check(self) -> None:
+        """Raise ValueError naming the first field that is out of range."""
+        e, s = self.estimator, self.selector
+        rules = (
+            ("rho", self.rho, self.rho >= 0, "at least 0"),
+            ("tau", self.tau, 0 <= self.tau <= 1, "between 0 and 1"),
+            ("stages", self.stages, self.stages >= 1, "at least 1"),
+            ("batch_size", self.batch_size, self.batch_size >= 1, "at least 1"),
+            ("devices", self.devices, self.devices >= 1, "at least 1"),
+            ("estimator.lr", e.lr, e.lr > 0, "above 0"),
+            ("estimator.momentum", e.momentum, 0 <= e.momentum < 1, "at least 0 and below 1"),
+            ("estimator.weight_decay", e.weight_decay, e.weight_decay >= 0, "at least 0"),
+            ("estimator.first_epochs", e.first_epochs, e.first_epochs >= 1, "at least 1"),
+            ("estimator.epochs", e.epochs, e.epochs >= 0, "at least 0"),
+            ("estimator.schedule", e.schedule, e.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+            ("estimator.decay", e.decay, 0 < e.decay <= 1, "above 0 and at most 1"),
+            ("estimator.decays", e.decays, e.decays >= 0, "at least 0"),
+            ("estimator.patience", e.patience, e.patience >= 0, "at least 0"),
+            ("estimator.levels", e.levels, e.levels in ("sample", "argmax"), "sample or argmax"),
+            ("estimator.full_share", e.full_share, 0 <= e.full_share <= 1, "between 0 and 1"),
+            ("selector.lr", s.lr, s.lr > 0, "above 0"),
+            ("selector.epochs", s.epochs, s.epochs >= 0, "at least 0"),
+            ("selector.schedule", s.schedule, s.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+            ("selector.decay", s.decay, 0 < s.decay <= 1, "above 0 and at most 1"),
+            ("selector.decays", s.decays, s.decays >= 0, "at least 0"),
+            ("selector.patience", s.patience, s.patience >= 0, "at least 0"),
+            ("selector.paths", s.paths, s.paths >= 1, "at least 1"),
+            ("selector.epsilon_decay", s.epsilon_decay, 0 <= s.epsilon_decay < 1, "at least 0 and below 1"),
+            ("selector.baseline", s.baseline, s.baseline in ("none", "leave_one_out"), "none or leave_one_out"),
+            ("selector.split", s.split, s.split in ("train", "val"), "train or val"),
+        )
+        for name, value, holds, allowed in rules:
+            if not holds:
+                raise ValueError(f"{name} is {value!r}; it must be {allowed}")
+        if s.baseline == "leave_one_out" and s.paths < 2:
+            raise ValueError(f"selector.paths is {s.paths}; the leave_one_out baseline needs at least 2")
