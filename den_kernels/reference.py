@@ -112,7 +112,7 @@ def residual_block(
             continue
         h = x_n
         if pre_scale is not None and pre_shift is not None:
-            h = F.relu(h * pre_scale.view(1, -1, 1, 1) + pre_shift.view(1, -1, 1, 1))
+            h = F.relu(h * pre_scale.view(1, -1, 1, 1) + pre_shift.view(1, -1, 1, 1)).to(x.dtype)
         active = torch.tensor([width], device=x.device)
         for i in range(last + 1):
             kernel = weight[i]
@@ -127,8 +127,8 @@ def residual_block(
             )
             h = h * scale[i][row].view(1, -1, 1, 1) + shift[i][row].view(1, -1, 1, 1)
             if i < last:
-                h = F.relu(h)
-        out = out + h
+                h = F.relu(h).to(x.dtype)
+        out = (out + h).to(x.dtype)
         samples.append(F.relu(out) if relu else out)
     return torch.cat(samples) if samples else _empty_output(x, scale[last].shape[1], math.prod(stride))
 

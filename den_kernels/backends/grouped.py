@@ -184,7 +184,7 @@ def residual_block(
     last = len(weight) - 1
     h = x
     if pre_scale is not None:
-        h = F.relu(h * pre_scale.view(1, -1, 1, 1) + pre_shift.view(1, -1, 1, 1))
+        h = F.relu(h * pre_scale.view(1, -1, 1, 1) + pre_shift.view(1, -1, 1, 1)).to(x.dtype)
     for i in range(last + 1):
         padding = (kernel_size[i] // 2, kernel_size[i] // 2)
         # A sample at width 0 is left out of every convolution by an output width of 0.
@@ -202,7 +202,7 @@ def residual_block(
         )
         h = h * scale[i][level][:, :, None, None] + shift[i][level][:, :, None, None]
         if i < last:
-            h = F.relu(h)
+            h = F.relu(h).to(x.dtype)
     total_stride = 1
     for step in stride:
         total_stride *= step

@@ -1,0 +1,373 @@
+"""The model against its definition: values, gradients, statistics, and what it says to bad input."""
+
+import pytest
+import torch
+from den_cases import TWO_TASKS, all_paths, conv_net, resnet, sliced_loop, wrn
+from torch import nn
+
+import den
+from den.blocks import ConvPairBlock, ResidualBlock, shortcut
+from den.selector import Selector
+
+
+@pytest.mark.parametrize("make", [wrn, resnet])
+@pytest.mark.parametrize("size", [8, 11, 16])
+def test_every_path_is_the_sliced_network(make, size):
+    model = make(TWO_TASKS, task_norm="per_task").double()
+    level = all_paths(model)
+    x = torch.randn(len(level), 3, size, size, dtype=torch.float64)
+    for task in TWO_TASKS:
+        out = model(x, task, level)
+        assert torch.equal(out.level, level)
+        assert out.level_probs is None
+        torch.testing.assert_close(out.logits, sliced_loop(model, x, level, task))
+
+
+def test_shared_batch_norm_is_the_sliced_network_too():
+    model = resnet(bn="shared").double()
+    assert model.estimator.blocks[0].norm2.num_levels == 1
+    level = all_paths(model)
+    x = torch.randn(len(level), 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(model(x, level=level).logits, sliced_loop(model, x, level, "a"))
+
+
+def test_conv_pairs_are_sliced_networks():
+    model = conv_net(TWO_TASKS, task_norm="per_task").double()
+    level = all_paths(model)
+    x = torch.randn(len(level), 1, 28, 28, dtype=torch.float64)
+    for task in TWO_TASKS:
+        out = model(x, task, level).logits
+        for n, path in enumerate(level):
+            plain = den.dense(model, task, path)
+            torch.testing.assert_close(out[n : n + 1], plain(x[n : n + 1]))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("preactivation", [False, True])
+def test_level_0_is_bitwise_the_shortcut(preactivation, training):
+    hierarchy = den.Hierarchy((0, 0.5, 1))
+    level = torch.tensor([0, 2, 0, 1])
+    for channels, stride in ((8, 1), (16, 2)):
+        block = ResidualBlock(8, channels, hierarchy, stride=stride, preactivation=preactivation, backend="grouped")
+        block.train(training)
+        x = torch.randn(4, 8, 7, 7)
+        x[0, 0, 0, :3] = torch.tensor([-0.0, torch.inf, -1.0])
+        wanted = shortcut(x, stride, channels)
+        y = block(x, level)
+        same = y.view(torch.int32) == wanted.view(torch.int32)
+        assert same[[0, 2]].all()
+        assert not same[1].all()
+    assert torch.equal(shortcut(x, 1, 8), x)
+
+
+@pytest.mark.parametrize("make", [wrn, resnet, conv_net])
+def test_batch_mates_change_nothing(make):
+    """Bitwise, for one batch size: the same image and path among other images and paths.
+
+    Elsewhere in the batch too, up to the last map: PyTorch's own linear layers round by the row's place in the batch.
+    """
+    model = make()
+    maps = []
+    model.estimator.tail.register_forward_hook(lambda _, args, __: maps.append(args[0]))
+    channels, size = (1, 28) if make is conv_net else (3, 8)
+    x = torch.randn(6, channels, size, size)
+    level = torch.randint(model.num_levels, (6, model.num_blocks))
+    logits = model(x, level=level).logits
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    model(x[order], level=level[order])
+    assert torch.equal(maps[1], maps[0][order])
+    others, paths = torch.randn_like(x), torch.randint(model.num_levels, level.shape)
+    others[2], paths[2] = x[2], level[2]
+    assert torch.equal(model(others, level=paths).logits[2], logits[2])
+
+
+@pytest.mark.parametrize("make", [wrn, resnet])
+def test_gradients_reach_the_groups_that_ran_and_no_others(make):
+    model = make().train()
+    level = torch.tensor([[0, 1, 2], [0, 1, 1], [0, 0, 1]])
+    model(torch.randn(3, 3, 8, 8), level=level).logits.square().sum().backward()
+    for block, top in zip(model.estimator.blocks, level.amax(0).tolist(), strict=True):
+        width = block.widths[top]
+        first, second = block.conv1.weight.grad, block.conv2.weight.grad
+        assert first.shape == block.conv1.weight.shape
+        assert second.shape == block.conv2.weight.shape
+        assert (first[width:] == 0).all()
+        assert (second[:, width:] == 0).all()
+        for channel in range(width):
+            assert first[channel].abs().sum() > 0
+            assert second[:, channel].abs().sum() > 0
+    assert all(p.grad is not None for name, p in model.estimator.named_parameters() if "heads" not in name)
+    assert all(p.grad is None for p in model.selector.parameters())
+
+
+@pytest.mark.parametrize("make", [wrn, resnet])
+def test_gradients_are_those_of_the_sliced_network(make):
+    model = make().double()
+    level = torch.randint(4, (5, 3))
+    x = torch.randn(5, 3, 8, 8, dtype=torch.float64)
+    target = torch.randn(5, 5, dtype=torch.float64)
+    parameters = list(model.estimator.parameters())
+    ours = torch.autograd.grad((model(x, level=level).logits * target).sum(), parameters, allow_unused=True)
+    loop = torch.autograd.grad((sliced_loop(model, x, level, "a") * target).sum(), parameters, allow_unused=True)
+    for mine, wanted, parameter in zip(ours, loop, parameters, strict=True):
+        torch.testing.assert_close(mine, torch.zeros_like(parameter) if wanted is None else wanted)
+
+
+def test_no_gradient_passes_through_the_choice_but_one_through_the_probabilities():
+    model = wrn()
+    out = model(torch.randn(3, 3, 8, 8))
+    assert not out.level.requires_grad
+    assert torch.equal(out.level, out.level_probs.argmax(2))
+    out.logits.sum().backward(retain_graph=True)
+    assert all(p.grad is None for p in model.selector.parameters())
+    out.level_probs.square().sum().backward()
+    assert all(p.grad is not None for p in model.selector.parameters())
+
+
+def _moved(norm: nn.Module, before: dict) -> torch.Tensor:
+    return (norm.running_mean != before[norm][0]) | (norm.running_var != before[norm][1])
+
+
+def _statistics(model: nn.Module) -> dict:
+    norms = [m for m in model.modules() if hasattr(m, "num_sets")]
+    return {m: (m.running_mean.clone(), m.running_var.clone()) for m in norms}
+
+
+def test_statistics_of_levels_that_no_sample_took_stay():
+    model = resnet().train()
+    before = _statistics(model)
+    model(torch.randn(4, 3, 8, 8), level=torch.tensor([[1, 0, 3]]).expand(4, -1))
+    first, second, third = model.estimator.blocks
+    assert _moved(first.norm2, before).any(1).tolist() == [False, True, False, False]
+    assert _moved(first.norm1, before)[0].nonzero().flatten().tolist() == list(range(first.widths[1]))
+    assert not _moved(second.norm1, before).any()
+    assert not _moved(second.norm2, before).any()
+    assert _moved(third.norm2, before).any(1).tolist() == [False, False, False, True]
+
+
+def test_preactivation_statistics_are_over_the_samples_that_ran():
+    model = wrn().train()
+    block = model.estimator.blocks[0]
+    before = _statistics(model)
+    x = torch.randn(4, 16, 8, 8)
+    block(x, torch.tensor([0, 2, 0, 1]))
+    ran = x[[1, 3]]
+    torch.testing.assert_close(
+        block.norm1.running_mean[0], 0.9 * before[block.norm1][0][0] + 0.1 * ran.mean((0, 2, 3)), rtol=1e-5, atol=1e-6
+    )
+    moved = _moved(block.norm2, before)[0]
+    assert moved.tolist() == [channel < block.widths[2] for channel in range(16)]
+    before = _statistics(model)
+    block(x, torch.zeros(4, dtype=torch.int64))
+    assert not _moved(block.norm1, before).any()
+    assert not _moved(block.norm2, before).any()
+
+
+def test_tasks_with_norms_of_their_own_leave_each_other_alone():
+    model = resnet(TWO_TASKS, task_norm="per_task").train()
+    x, level = torch.randn(4, 3, 8, 8), torch.full((4, 3), 3)
+    before = _statistics(model)
+    model(x, "b", level)
+    block = model.estimator.blocks[0]
+    assert _moved(block.norm2, before).any(1).tolist() == [False] * 7 + [True]
+    assert _moved(model.estimator.stem.norm, before).any(1).tolist() == [False, True]
+    shared = resnet(TWO_TASKS)
+    assert shared.estimator.stem.norm.running_mean.shape[0] == 1
+
+
+def test_larger_images_enter_through_a_strided_stem():
+    model = wrn()
+    sizes = []
+    model.estimator.blocks[0].register_forward_hook(lambda _, args, __: sizes.append(tuple(args[0].shape[2:])))
+    for size in ((8, 8), (15, 15), (16, 16), (24, 24), (16, 32), (5, 5)):
+        model(torch.randn(1, 3, *size), level=[1, 1, 1])
+    assert sizes == [(8, 8), (15, 15), (8, 8), (8, 8), (8, 16), (5, 5)]
+    native = wrn(base_size=None)
+    native.estimator.blocks[0].register_forward_hook(lambda _, args, __: sizes.append(tuple(args[0].shape[2:])))
+    native(torch.randn(1, 3, 24, 24))
+    assert sizes[-1] == (24, 24)
+
+
+def test_levels_may_be_one_path_a_list_or_any_integers():
+    model = wrn()
+    x = torch.randn(2, 3, 8, 8)
+    wanted = model(x, level=torch.tensor([[1, 0, 3], [1, 0, 3]])).logits
+    for level in (
+        [1, 0, 3],
+        (1, 0, 3),
+        torch.tensor([1, 0, 3], dtype=torch.int32),
+        torch.tensor([1, 0, 3], dtype=torch.uint8),
+    ):
+        out = model(x, level=level)
+        assert torch.equal(out.logits, wanted)
+        assert out.level.dtype == torch.int64
+        assert out.level.shape == (2, 3)
+
+
+@pytest.mark.parametrize("make", [wrn, resnet])
+def test_empty_and_single_batches(make):
+    model = make()
+    assert model(torch.zeros(0, 3, 8, 8)).logits.shape == (0, 5)
+    assert model(torch.zeros(1, 3, 8, 8)).level_probs.shape == (1, 3, 4)
+
+
+@pytest.mark.parametrize("make", [wrn, resnet, conv_net])
+@pytest.mark.parametrize("how", ["compile", "export"])
+def test_compile_and_export_take_the_levels_as_input(make, how):
+    model = make().requires_grad_(False)
+    channels, size = (1, 28) if make is conv_net else (3, 8)
+    x = torch.randn(3, channels, size, size)
+    if how == "compile":
+        graph = torch.compile(model, fullgraph=True, backend="aot_eager")
+    else:
+        graph = torch.export.export(model, (x, "a", torch.zeros(3, model.num_blocks, dtype=torch.int64))).module()
+    for _ in range(2):
+        level = torch.randint(model.num_levels, (3, model.num_blocks))
+        torch.testing.assert_close(graph(x, "a", level).logits, model(x, "a", level).logits)
+
+
+def test_compile_takes_the_selector_too():
+    model = wrn().requires_grad_(False)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 3, 8, 8)
+    torch.testing.assert_close(compiled(x, "a").logits, model(x, "a").logits)
+
+
+def test_training_compiles():
+    model = wrn().train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x, level = torch.randn(3, 3, 8, 8), torch.tensor([[0, 1, 2], [3, 0, 1], [2, 2, 0]])
+    compiled(x, "a", level).logits.square().sum().backward()
+    gradients = {name: p.grad for name, p in model.estimator.named_parameters()}
+    again = wrn().train()
+    again(x, "a", level).logits.square().sum().backward()
+    for name, parameter in again.estimator.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad)
+    for mine, wanted in zip(model.buffers(), again.buffers(), strict=True):
+        torch.testing.assert_close(mine, wanted)
+
+
+def test_config_rebuilds_the_model():
+    model = den.create_model("wrn_8_1", TWO_TASKS, (0, 0.5, 1), 1, "shared", "light", task_norm="per_task", base_size=8)
+    again = den.create_model(**model.config)
+    assert again.config == model.config
+    assert again.load_state_dict(model.state_dict())
+    assert den.create_model(**conv_net().config).estimator.tail.map_shape == (32, 1, 1)
+
+
+def test_initialisation_is_glorots():
+    model = den.create_model("wrn_14_4", {"a": 10})
+    weight = model.estimator.blocks[2].conv1.weight
+    bound = (6 / (9 * (weight.shape[0] + weight.shape[1]))) ** 0.5
+    assert weight.abs().max() <= bound
+    assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.03)
+    assert (model.estimator.heads["a"].bias == 0).all()
+
+
+def test_selector_masks_levels_that_a_block_lacks():
+    selector = Selector(3, 4, level_counts=(4, 2, 3))
+    probabilities = selector(torch.randn(2, 3, 32, 32)).softmax(2)
+    assert (probabilities[:, 1, 2:] == 0).all()
+    assert (probabilities[:, 2, 3:] == 0).all()
+    assert (probabilities[:, 0] > 0).all()
+
+
+def test_a_selector_of_the_callers_own():
+    class Constant(nn.Module):
+        def forward(self, x):
+            return torch.tensor([0.0, 0, 1, 0]).expand(x.shape[0], 3, 4)
+
+    model = wrn(selector=Constant())
+    assert (model(torch.randn(2, 3, 8, 8)).level == 2).all()
+    assert model.config["selector"] == "custom"
+    with pytest.raises(ValueError, match="pass that module"):
+        den.create_model(**model.config)
+
+
+def test_list_models():
+    assert den.list_models("wrn_32*") == ["wrn_32_1", "wrn_32_2", "wrn_32_4", "wrn_32_8"]
+    assert {"wrn_32_4", "simple_conv_net", "simple_conv_net_84", "simple_conv_net_224"} <= set(den.list_models())
+    assert den.list_models("no*") == []
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"name": "wrn_32"}, ValueError, "'wrn_32'.*Near: .*wrn_32_4"),
+        ({"name": "wrn_33_4"}, ValueError, r"6n \+ 2"),
+        ({"name": "wrn_32_0"}, ValueError, "factor"),
+        ({"name": "wrn_2_1"}, ValueError, r"6n \+ 2"),
+        ({"name": 3}, TypeError, "name is 3"),
+        ({"tasks": {}}, ValueError, "tasks is empty"),
+        ({"tasks": ["a"]}, TypeError, "tasks is"),
+        ({"tasks": {"a": 0}}, ValueError, r"tasks\['a'\] is 0"),
+        ({"tasks": {"a": 2.5}}, TypeError, r"tasks\['a'\] is 2.5"),
+        ({"tasks": {"a.b": 2}}, ValueError, "without dots"),
+        ({"tasks": {"pop": 2}}, ValueError, "'pop'"),
+        ({"tasks": {1: 2}}, TypeError, "strings"),
+        ({"bn": "none"}, ValueError, "bn is 'none'.*'per_level', 'shared'"),
+        ({"task_norm": "none"}, ValueError, "task_norm is 'none'"),
+        ({"in_channels": 0}, ValueError, "in_channels is 0"),
+        ({"base_size": 0}, ValueError, "base_size is 0"),
+        ({"base_size": "big"}, TypeError, "base_size is 'big'"),
+        ({"ratios": (0, 0.5)}, ValueError, "last ratio"),
+        ({"selector": "large"}, ValueError, "selector is 'large'"),
+        ({"selector": {"depth": 3}}, ValueError, "'depth'.*blocks_per_stage"),
+        ({"selector": {"widths": (8, 4)}}, ValueError, "descend"),
+        ({"selector": {"pool": 0}}, ValueError, "pool is 0"),
+        ({"image_size": 84}, TypeError, "image_size; wrn_8_1 has no arguments"),
+        ({"name": "simple_conv_net", "size": 84}, TypeError, "size; simple_conv_net takes image_size"),
+        ({"name": "simple_conv_net", "ratios": (0, 0.5, 1)}, ValueError, "above 0 here.*residual"),
+        ({"name": "simple_conv_net", "image_size": 8}, ValueError, "needs at least 16"),
+        ({"name": "simple_conv_net_84", "image_size": 96}, ValueError, "image_size is 96"),
+    ],
+)
+def test_create_model_names_what_is_wrong(change, error, message):
+    with pytest.raises(error, match=message):
+        den.create_model(**{"name": "wrn_8_1", "tasks": {"a": 2}, **change})
+
+
+X = torch.zeros(2, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"x": X[0]}, ValueError, r"x has shape \(3, 8, 8\)"),
+        ({"x": X[:, :1]}, ValueError, r"\[N, 3, H, W\]"),
+        ({"x": X[..., :0]}, ValueError, "at least one pixel"),
+        ({"x": X.to(torch.uint8)}, TypeError, "torch.uint8"),
+        ({"x": X.numpy()}, TypeError, "ndarray"),
+        ({"x": X.to("meta")}, ValueError, "x is on meta"),
+        ({"task": "c"}, ValueError, "task is 'c'.*'a', 'b'"),
+        ({"task": None}, ValueError, "task is None"),
+        ({"level": [0, 1]}, ValueError, r"\(2,\).*\[2, 3\], or \[B\]"),
+        ({"level": torch.zeros(3, 3, dtype=torch.int64)}, ValueError, r"\(3, 3\)"),
+        ({"level": [0, 1, 4]}, ValueError, r"level holds 4.*\[0, 3\]"),
+        ({"level": [0, -1, 0]}, ValueError, "level holds -1"),
+        ({"level": torch.zeros(3)}, TypeError, "float32"),
+        ({"level": torch.zeros(3, dtype=torch.bool)}, TypeError, "bool"),
+        ({"level": "top"}, TypeError, "level is 'top'"),
+        ({"level": 3}, TypeError, "level is 3"),
+        ({"level": torch.zeros(3, dtype=torch.int64, device="meta")}, ValueError, "level is on meta"),
+    ],
+)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_forward_names_what_is_wrong(arguments, error, message, frozen):
+    model = wrn(TWO_TASKS)
+    model = den.freeze(model, backend="grouped") if frozen else model
+    with pytest.raises(error, match=message):
+        model(**{"x": X, "task": "a", **arguments})
+
+
+def test_conv_net_asks_for_its_image_size():
+    with pytest.raises(ValueError, match=r"last map of 2x2.*made for 1x1.*image_size"):
+        conv_net()(torch.zeros(1, 1, 40, 40))
+
+
+def test_blocks_name_what_is_wrong():
+    with pytest.raises(ValueError, match="out_channels is 8, below in_channels 16"):
+        ResidualBlock(16, 8, den.Hierarchy((0, 1)))
+    with pytest.raises(ValueError, match="above 0 here"):
+        ConvPairBlock(3, 8, 8, den.Hierarchy((0, 1)))
+    assert "widths=(0, 8)" in repr(ResidualBlock(8, 8, den.Hierarchy((0, 1))))
