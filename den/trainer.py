@@ -136,7 +136,7 @@ class Trainer:
         run_epoch = self._estimator_epoch if position.phase == "estimator" else self._selector_epoch
         while position.epoch < epochs:
             started = time.perf_counter()
-            record = run_epoch()
+            record = {"lr": self._learning_rate(0, 1), **run_epoch()}
             record["seconds"] = round(time.perf_counter() - started, 3)
             self._log({"stage": position.stage, "phase": position.phase, "epoch": position.epoch, **record})
             position.epoch += 1
@@ -198,7 +198,7 @@ class Trainer:
             self.estimator_optimizer.step()
             self.estimator_optimizer.zero_grad()
             totals.add("loss", loss.detach())
-        return {**totals.means(), "lr": self.estimator_optimizer.param_groups[0]["lr"]}
+        return totals.means()
 
     @torch.no_grad()
     def _draw(self, x: Tensor) -> Tensor:
@@ -240,9 +240,8 @@ class Trainer:
             self.selector_optimizer.zero_grad()
             self.position.selector_step += 1
         means = totals.means()
-        lr = self.selector_optimizer.param_groups[0]["lr"]
         # What the selector minimises is the reward (equation 6); its surrogate's value says nothing.
-        return {"loss": means["reward"], **means, "epsilon": round(epsilon, 6), "lr": lr}
+        return {"loss": means["reward"], **means, "epsilon": round(epsilon, 6)}
 
     @torch.no_grad()
     def _task_loss(self, frozen, task: str, x: Tensor, y: Tensor, level_KNB: Tensor) -> Tensor:

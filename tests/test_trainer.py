@@ -1,0 +1,160 @@
+"""Algorithm 1 on a small real problem: it runs, learns, resumes to the same numbers, and says what is wrong."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import den
+from den.run_folder import RunFolder
+from den.tasks import Task, load_task
+from den.trainer import EstimatorConfig, SelectorConfig, TrainConfig, Trainer
+
+pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+
+
+@pytest.fixture(scope="module")
+def digits() -> Task:
+    return load_task("digits", subset=256, val_fraction=0.25)
+
+
+def small_model() -> den.DEN:
+    torch.manual_seed(0)
+    return den.create_model("wrn_8_1", {"digits": 10}, selector="light")
+
+
+def small_config(out: Path | None, **changes) -> TrainConfig:
+    config = TrainConfig(
+        stages=2,
+        batch_size=64,
+        estimator=EstimatorConfig(lr=0.05, first_epochs=2, epochs=1, full_share=0.25),
+        selector=SelectorConfig(lr=1e-3, epochs=1, baseline="leave_one_out", split="val"),
+        out=out,
+        progress=False,
+    )
+    return replace(config, **changes)
+
+
+def weights(model: den.DEN) -> torch.Tensor:
+    return torch.cat([tensor.detach().double().flatten() for tensor in model.state_dict().values()])
+
+
+def test_run_folder_holds_the_run(digits: Task, tmp_path: Path) -> None:
+    model = small_model()
+    before = weights(model)
+    summary = Trainer(model, [digits], small_config(tmp_path / "run")).fit()
+    assert not torch.equal(before, weights(model))
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    phases = [(r["stage"], r["phase"], r["epoch"]) for r in records]
+    assert phases == [
+        (0, "estimator", 0),
+        (0, "estimator", 1),
+        (0, "selector", 0),
+        (1, "estimator", 0),
+        (1, "selector", 0),
+    ]
+    assert records[1]["loss"] < records[0]["loss"]
+    assert records[3]["lr"] == pytest.approx(0.005)
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert set(summary["digits"]) == {"selector", "random", "full"}
+    assert summary["digits"]["full"]["cost_mean"] == 1
+    loaded = den.load(tmp_path / "run/checkpoint")
+    assert torch.equal(weights(loaded), weights(model))
+
+
+def test_killed_run_resumes_to_the_same_numbers(digits: Task, tmp_path: Path, monkeypatch) -> None:
+    whole = small_model()
+    expected = Trainer(whole, [digits], small_config(tmp_path / "whole")).fit()
+
+    class Killed(Exception):
+        pass
+
+    saves = []
+    real = RunFolder.append_metrics
+
+    def dying(self, record) -> None:
+        real(self, record)
+        saves.append(record)
+        if len(saves) == 4:
+            raise Killed
+
+    monkeypatch.setattr(RunFolder, "append_metrics", dying)
+    with pytest.raises(Killed):
+        Trainer(small_model(), [digits], small_config(tmp_path / "part")).fit()
+    monkeypatch.setattr(RunFolder, "append_metrics", real)
+    resumed = small_model()
+    actual = Trainer(resumed, [digits], small_config(tmp_path / "part", resume=True)).fit()
+    assert actual == expected
+    assert torch.equal(weights(resumed), weights(whole))
+    lines = [
+        [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in path.read_text().splitlines()]
+        for path in (tmp_path / "whole/metrics.jsonl", tmp_path / "part/metrics.jsonl")
+    ]
+    assert lines[0] == lines[1]
+
+
+def test_checkpoint_lost_between_two_renames_is_found(digits: Task, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    (tmp_path / "checkpoint.old").mkdir()
+    assert folder.has_checkpoint
+    assert folder.checkpoint.exists()
+
+
+def test_plateau_ends_a_phase(digits: Task, tmp_path: Path) -> None:
+    config = small_config(tmp_path / "run", stages=1)
+    config.estimator = EstimatorConfig(lr=1e-9, first_epochs=9, schedule="constant", patience=2)
+    config.selector.epochs = 0
+    Trainer(small_model(), [digits], config).fit()
+    epochs = len((tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    assert 3 <= epochs < 9
+
+
+def test_selector_learns_to_save(digits: Task) -> None:
+    """With a large rho the cheapest paths win, whatever the accuracy."""
+    model = small_model()
+    config = small_config(None, rho=50.0, stages=1)
+    config.estimator.first_epochs = 1
+    config.selector = SelectorConfig(lr=2e-2, epochs=8, paths=8, baseline="leave_one_out", epsilon_decay=0.0)
+    summary = Trainer(model, [digits], config).fit()
+    assert summary["digits"]["selector"]["cost_mean"] < 0.1
+    assert 0.3 < summary["digits"]["random"]["cost_mean"] < 0.6
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("rho", -1.0, "rho is -1.0; it must be at least 0"),
+        ("tau", 1.5, "tau is 1.5"),
+        ("stages", 0, "stages is 0"),
+        ("estimator.schedule", "warm", "estimator.schedule is 'warm'; it must be one of constant, step, cosine"),
+        ("selector.paths", 1, "selector.paths is 1; the leave_one_out baseline needs at least 2"),
+        ("selector.baseline", "critic", "selector.baseline is 'critic'"),
+    ],
+)
+def test_bad_configuration_is_named(digits: Task, field: str, value, message: str) -> None:
+    config = small_config(None)
+    target = config
+    *parents, leaf = field.split(".")
+    for parent in parents:
+        target = getattr(target, parent)
+    setattr(target, leaf, value)
+    with pytest.raises(ValueError, match=message):
+        Trainer(small_model(), [digits], config)
+
+
+def test_other_tasks_than_the_models_are_named(digits: Task) -> None:
+    model = den.create_model("wrn_8_1", {"mnist": 10}, selector="light")
+    with pytest.raises(ValueError, match=r"the model was made for \{'mnist': 10\}"):
+        Trainer(model, [digits])
+
+
+def test_run_folder_is_not_overwritten(digits: Task, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model": {"name": "wrn_8_1"}}')
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        Trainer(small_model(), [digits], small_config(tmp_path)).fit()
+    with pytest.raises(ValueError, match="is of another model"):
+        Trainer(small_model(), [digits], small_config(tmp_path, resume=True)).fit()
