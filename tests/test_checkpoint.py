@@ -111,7 +111,7 @@ def test_load_names_what_is_wrong(folder, damage, message):
 
 
 def test_no_folder_and_unwanted_selector(folder, tmp_path):
-    with pytest.raises(ValueError, match="config.json is missing"):
+    with pytest.raises(ValueError, match=r"config\.json is missing"):
         den.load(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="leave it out"):
         den.load(folder, selector=nn.Identity())
