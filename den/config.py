@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Literal, get_args
 
-SCHEDULES = ("constant", "step", "cosine")
+import tyro
+
+Schedule = Literal["constant", "step", "cosine"]
+SCHEDULES = get_args(Schedule)
 
 
 @dataclass
@@ -22,7 +26,7 @@ class EstimatorConfig:
     """Most epochs of the first stage (the authors' code: 200)."""
     epochs: int = 40
     """Most epochs of a later stage (the authors' code: 40)."""
-    schedule: str = "step"
+    schedule: Schedule = "step"
     """Within a phase: constant, step (divided by 10 at half and three quarters, as the authors' code) or cosine."""
     decay: float = 0.1
     """Factor on the rate after a stage."""
@@ -30,7 +34,7 @@ class EstimatorConfig:
     """Most decays ("three or four decays happened in all experiments")."""
     patience: int = 0
     """Epochs without progress that count as convergence; 0 runs the epochs given."""
-    levels: str = "sample"
+    levels: Literal["sample", "argmax"] = "sample"
     """Later stages: paths sampled from the selector (the paper) or its argmax (the authors' code)."""
     full_share: float = 0.0
     """Later stages: share of each batch kept at the full path; equation 8's reason, held on to. 0 is the paper."""
@@ -44,7 +48,7 @@ class SelectorConfig:
     """Learning rate of the first stage."""
     epochs: int = 12
     """Most epochs of a stage (the authors' code: 12)."""
-    schedule: str = "constant"
+    schedule: Schedule = "constant"
     """Within a phase: constant, step (divided by 10 at half and three quarters) or cosine."""
     decay: float = 0.1
     """Factor on the rate after a stage."""
@@ -56,10 +60,10 @@ class SelectorConfig:
     """|Z|, paths sampled for each image; unstated in the paper."""
     epsilon_decay: float = 0.99
     """epsilon-greedy: at step t a path is uniform with probability epsilon_decay**t (the authors' code). 0: never."""
-    baseline: str = "none"
-    """"none" (the paper) or "leave_one_out": the same expected gradient with less variance."""
-    split: str = "train"
-    """Images that it learns from: "train", or "val", held out from the estimator."""
+    baseline: Literal["none", "leave_one_out"] = "none"
+    """none (the paper) or leave_one_out: the same expected gradient with less variance."""
+    split: Literal["train", "val"] = "train"
+    """Images that it learns from: train, or val, held out from the estimator."""
 
 
 @dataclass
@@ -86,10 +90,11 @@ class TrainConfig:
     """How many of them on this machine."""
     precision: str = "32-true"
     """Lightning Fabric's name of it, such as bf16-mixed."""
-    out: Path | None = None
-    """Run folder: config.json, metrics.jsonl, summary.json, checkpoint/. None writes nothing."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Run folder: config.json, metrics.jsonl, summary.json, checkpoint/. None (in Python alone): nothing is
+    written."""
     resume: bool = False
-    """Go on from the run folder's checkpoint."""
+    """Go on from the run folder's checkpoint, if it has one."""
     progress: bool = True
     """Show a progress bar where standard error is a terminal."""
 

@@ -91,7 +91,7 @@ def evaluate(
     seed: of the random policy. progress: wraps the batches, such as tqdm. The model's training mode is put back.
     """
     device = next(tensor.device for tensor in (*model.parameters(), *model.buffers()))
-    source = getattr(model, "source", model)
+    source: Any = getattr(model, "source", model)
     ratio_BL = cost_ratios(source)
     generator = torch.Generator().manual_seed(seed)
     batches = task.batches(split, batch_size, training=False, device=device)

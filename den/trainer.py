@@ -85,7 +85,9 @@ class Trainer:
         self.estimator, self.estimator_optimizer = self.fabric.setup(model.estimator, sgd)
         self.selector, self.selector_optimizer = self.fabric.setup(model.selector, adam)
         self.generator = torch.Generator().manual_seed(config.seed + 7919 * self.fabric.global_rank)
-        self.batches = {split: self._task_batches(split) for split in {"train", config.selector.split}}
+        self.batches: dict[str, list[Batches]] = {
+            split: self._task_batches(split) for split in {"train", config.selector.split}
+        }
         self.position = Position()
         self.folder = None if config.out is None else RunFolder(config.out)
 
