@@ -1,0 +1,193 @@
+"""The one table of shapes and level mixes, for benchmarks and tests alike.
+
+Suffixes: N samples, B blocks, L levels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RATIOS = (0.0, 0.25, 0.5, 1.0)
+BATCHES = (1, 8, 64, 256)
+TASK = {"cifar100": 100}
+
+# Largest error over largest value, against the float64 reference.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+
+
+# Level mixes
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How the levels of a batch are distributed.
+
+    mean_cost: the share of a full block's work that the mix aims at, None where the shares say it.
+    shares: of the levels from cheapest to dearest, None where mean_cost decides.
+    """
+
+    name: str
+    meaning: str
+    shares: tuple[float, ...] | None = None
+    mean_cost: float | None = None
+
+    def probabilities(self, ratios: Sequence[float] = RATIOS) -> list[float]:
+        """Share of each level, L numbers that sum to 1."""
+        if self.mean_cost is not None:
+            return max_entropy(ratios, self.mean_cost)
+        if self.shares is None:
+            return [1 / len(ratios)] * len(ratios)
+        if len(self.shares) != len(ratios):
+            raise ValueError(f"mix {self.name!r} is made for {len(self.shares)} levels, but ratios is {tuple(ratios)}")
+        return list(self.shares)
+
+    def levels(self, batch: int, blocks: int, ratios: Sequence[float] = RATIOS, seed: int = 0) -> Tensor:
+        """Levels int64 [N, B]: the shares met as exactly as whole slots allow, in random order."""
+        slots = batch * blocks
+        exact = [p * slots for p in self.probabilities(ratios)]
+        counts = [math.floor(value + 1e-9) for value in exact]
+        by_remainder = sorted(range(len(exact)), key=lambda l: counts[l] - exact[l])
+        for l in by_remainder[: slots - sum(counts)]:
+            counts[l] += 1
+        flat = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        order = torch.randperm(slots, generator=torch.Generator().manual_seed(seed))
+        return flat[order].view(batch, blocks)
+
+
+def max_entropy(costs: Sequence[float], mean: float) -> list[float]:
+    """The most even distribution over levels of these costs whose mean cost is `mean`: p proportional to exp(t * cost)."""
+    if not min(costs) < mean < max(costs):
+        raise ValueError(f"mean is {mean}; it must lie between {min(costs)} and {max(costs)}")
+    low, high = -100.0, 100.0
+    p: list[float] = []
+    for _ in range(100):
+        t = (low + high) / 2
+        top = max(t * c for c in costs)
+        p = [math.exp(t * c - top) for c in costs]
+        p = [value / sum(p) for value in p]
+        if sum(a * c for a, c in zip(p, costs, strict=True)) < mean:
+            low = t
+        else:
+            high = t
+    return p
+
+
+def single(level: int, name: str | None = None, meaning: str | None = None) -> Mix:
+    """Every sample and block at one of the four levels."""
+    shares = tuple(float(l == level) for l in range(len(RATIOS)))
+    return Mix(name or f"level{level}", meaning or f"every block at {RATIOS[level]:g} of its channels", shares)
+
+
+FULL = single(3, "full", "every block at its top level: no FLOP saved")
+UNIFORM = Mix("uniform", "every level equally often")
+PAPER = Mix("paper", "mean cost 0.53, as in Table 2b of the paper", mean_cost=0.53)
+SKIP = single(0, "skip", "every block left out")
+TOP1 = Mix("top1-of-4", "one in four at the top level, the rest left out", (0.75, 0.0, 0.0, 0.25))
+MIXES = {mix.name: mix for mix in (FULL, UNIFORM, PAPER, TOP1, single(2), single(1), SKIP)}
+
+
+# Networks
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """A network of `den.create_model` and the square images that it is timed on."""
+
+    name: str
+    image_size: int
+    batches: tuple[int, ...] = BATCHES
+
+
+MODELS = (ModelCase("wrn_32_4", 32),)
+
+
+# Residual blocks
+
+
+@dataclass(frozen=True)
+class BlockCase:
+    """A residual block: kernel sizes, strides and groups of its convolutions, and the map that it reads.
+
+    channels: in, hidden, out. hidden widths are `RATIOS` of the hidden channels, in whole groups.
+    """
+
+    name: str
+    channels: tuple[int, int, int]
+    size: int
+    kernels: tuple[int, ...] = (3, 3)
+    strides: tuple[int, ...] = (1, 1)
+    groups: tuple[int, ...] = (1, 1)
+    preactivation: bool = True
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Hidden width of each level."""
+        return tuple(int(r * self.channels[1]) for r in RATIOS)
+
+    @property
+    def weight_shapes(self) -> list[tuple[int, int, int, int]]:
+        """[O, I / groups, k, k] of each convolution."""
+        inside, hidden, outside = self.channels
+        ends = [inside, *[hidden] * (len(self.kernels) - 1), outside]
+        return [
+            (ends[i + 1], ends[i] // g, k, k) for i, (k, g) in enumerate(zip(self.kernels, self.groups, strict=True))
+        ]
+
+    def macs(self) -> tuple[int, ...]:
+        """Multiply-adds for one sample at each level."""
+        totals = [0] * len(RATIOS)
+        size = self.size
+        last = len(self.kernels) - 1
+        for i, shape in enumerate(self.weight_shapes):
+            size = -(-size // self.strides[i])
+            for l, width in enumerate(self.widths):
+                share = width / self.channels[1]
+                # An inner ungrouped convolution is elastic on both sides; a grouped one loses whole groups, once.
+                elastic = share * share if 0 < i < last and self.groups[i] == 1 else share
+                totals[l] += round(math.prod(shape) * size * size * elastic)
+        return tuple(totals)
+
+
+BLOCKS = (
+    BlockCase("wrn-64@32", (64, 64, 64), 32),
+    BlockCase("wrn-128@16", (128, 128, 128), 16),
+    BlockCase("wrn-256@8", (256, 256, 256), 8),
+    BlockCase("wrn-64-128@32/2", (64, 128, 128), 32, strides=(2, 1)),
+    BlockCase("resnet-64@32", (64, 64, 64), 32, preactivation=False),
+    BlockCase("resnet50-256@28", (256, 64, 256), 28, (1, 3, 1), (1, 1, 1), (1, 1, 1), preactivation=False),
+    BlockCase("resnext-4x64d@32", (64, 256, 64), 32, (1, 3, 1), (1, 1, 1), (1, 4, 1), preactivation=False),
+)
+
+
+# The primitive
+
+
+@dataclass(frozen=True)
+class ConvCase:
+    """One elastic convolution; `elastic` says which side: "out" (expand), "in" (contract) or "both"."""
+
+    name: str
+    in_channels: int
+    out_channels: int
+    kernel: int
+    size: int
+    elastic: str
+    stride: int = 1
+    groups: int = 1
+
+
+CONVS = (
+    ConvCase("3x3-expand-64@32", 64, 64, 3, 32, "out"),
+    ConvCase("3x3-contract-64@32", 64, 64, 3, 32, "in"),
+    ConvCase("3x3-expand-256@8", 256, 256, 3, 8, "out"),
+    ConvCase("3x3-contract-256@8", 256, 256, 3, 8, "in"),
+    ConvCase("3x3-inner-128@16", 128, 128, 3, 16, "both"),
+    ConvCase("3x3-expand-64-128@32/2", 64, 128, 3, 32, "out", stride=2),
+    ConvCase("1x1-expand-256-64@28", 256, 64, 1, 28, "out"),
+    ConvCase("3x3-grouped-256@32", 256, 256, 3, 32, "both", groups=4),
+)

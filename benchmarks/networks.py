@@ -1,0 +1,163 @@
+"""The network under test and its opponents, all from one set of weights.
+
+N samples, B blocks, L levels.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import den
+from benchmarks.cases import RATIOS, TASK, ModelCase
+from benchmarks.engines import InProcess
+from den.dense import DenseNetwork, PlainResidualBlock, dense
+
+REFERENCE_SAMPLES = 8
+
+
+@functools.cache
+def network(name: str) -> den.DEN:
+    """A model whose weights and norms are random: every folded number counts in the check."""
+    torch.manual_seed(0)
+    model = den.create_model(name, tasks=TASK, ratios=RATIOS)
+    for module in model.modules():
+        if hasattr(module, "running_var"):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.1)
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model.eval().requires_grad_(False)
+
+
+def images(case: ModelCase, batch: int) -> Tensor:
+    """Random images [N, 3, H, W], channels_last, as every engine reads them best."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, 3, case.image_size, case.image_size, generator=generator)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@functools.cache
+def _reference_network(name: str) -> den.DEN:
+    model = network(name)
+    exact = den.create_model(**model.config, backend="reference")
+    exact.load_state_dict(model.state_dict())
+    return exact.double().eval().requires_grad_(False)
+
+
+def checked_rows(batch: int) -> Tensor:
+    """The samples whose results are compared with the reference: all, or as many as it can do in time, evenly spread."""
+    return torch.linspace(0, batch - 1, min(batch, REFERENCE_SAMPLES)).round().long().unique()
+
+
+@torch.inference_mode()
+def reference_logits(name: str, x: Tensor, level_NB: Tensor) -> Tensor:
+    """Float64 logits of den_kernels' specification, a sample at a time over sliced weights."""
+    return _reference_network(name)(x.double(), level=level_NB).logits
+
+
+@functools.cache
+def frozen(name: str, backend: str) -> den.FrozenDEN:
+    """The product's inference form; every block of it is asserted to run on the backend that was asked for."""
+    fast = den.freeze(network(name), backend=backend)
+    ran = {block.backend for block in fast.blocks}
+    assert ran == {backend}, f"asked for backend {backend!r}, but the blocks run on {ran}"
+    return fast
+
+
+@functools.cache
+def dense_network(name: str, level: int | None = None) -> DenseNetwork:
+    """A plain network of one level in every block; None: the top one, the dense opponent."""
+    model = network(name)
+    return dense(model, level=None if level is None else [level] * model.num_blocks)
+
+
+# Engines
+
+
+def den_engine(name: str, x: Tensor, level_NB: Tensor, backend: str) -> InProcess:
+    """The frozen DEN at given levels."""
+    fast = frozen(name, backend)
+    return InProcess(f"den[{backend}]", lambda: fast(x, level=level_NB).logits)
+
+
+def den_selector_engine(name: str, x: Tensor, level_NB: Tensor, backend: str) -> InProcess:
+    """The same with the selector's work in front, whose choice is then set aside for the mix under test."""
+    fast = frozen(name, backend)
+
+    def run() -> Tensor:
+        fast.selector(x).float().softmax(2).argmax(2)
+        return fast(x, level=level_NB).logits
+
+    return InProcess(f"den[{backend}]+selector", run)
+
+
+def eager_engine(name: str, x: Tensor) -> InProcess:
+    """PyTorch as it comes: channels_last, norms folded into the convolutions."""
+    net = dense_network(name)
+    return InProcess("torch eager", lambda: net(x), dense=True)
+
+
+def compiled_engine(name: str, x: Tensor) -> InProcess:
+    """torch.compile with frozen weights; compiling takes its time at the first call."""
+    net = torch.compile(dense_network(name), options={"freezing": True})
+    return InProcess("torch.compile", lambda: net(x), dense=True)
+
+
+def slim_engine(name: str, x: Tensor, level: int) -> InProcess:
+    """A static network of one level's widths: what a level would cost were it all that the network had."""
+    net = dense_network(name, level)
+    return InProcess(f"static slim {RATIOS[level]:g}", lambda: net(x))
+
+
+def masked_engine(name: str, x: Tensor, level_NB: Tensor) -> InProcess:
+    """What peers ship: every convolution in full, times a mask of the hidden channels."""
+    net = dense_network(name)
+    blocks = [_preactivation(block) for block in net.blocks]
+    widths = torch.tensor([block.widths for block in network(name).estimator.blocks])
+
+    def run() -> Tensor:
+        h = net.stem(x, 1)
+        for b, block in enumerate(blocks):
+            width_N = widths[b][level_NB[:, b]]
+            mask = (torch.arange(block.conv1.out_channels) < width_N[:, None])[:, :, None, None].to(h.dtype)
+            a = F.relu(torch.addcmul(block.pre_shift, h, block.pre_scale), inplace=True)
+            a = F.relu(block.conv1(a), inplace=True).mul_(mask)
+            h = block.conv2(a).add_(super(PlainResidualBlock, block).forward(h))
+        return net.head(net.tail(h, 0))
+
+    return InProcess("masked dense", run)
+
+
+def _preactivation(block: nn.Module) -> PlainResidualBlock:
+    if not isinstance(block, PlainResidualBlock) or block.relu:
+        raise TypeError(
+            f"the masked form is written for pre-activation residual blocks, not for {type(block).__name__}"
+        )
+    return block
+
+
+def loop_engine(name: str, x: Tensor, level_NB: Tensor) -> InProcess:
+    """An image at a time through weights that were sliced for each level beforehand."""
+    nets = [dense_network(name, level) for level in range(len(RATIOS))]
+    paths = level_NB.tolist()
+    singles = [x[n : n + 1] for n in range(len(paths))]
+
+    def run() -> Tensor:
+        logits = []
+        for single, path in zip(singles, paths, strict=True):
+            h = nets[0].stem(single, 1)
+            for b, level in enumerate(path):
+                h = nets[level].blocks[b](h)
+            logits.append(nets[0].head(nets[0].tail(h, 0)))
+        return torch.cat(logits)
+
+    return InProcess("batch-1 loop", run)
+
+
+# The dense opponents, by the name that --engines takes. A process-backed engine (see `Engine`) joins here.
+DENSE: dict[str, Callable[[str, Tensor], InProcess]] = {"eager": eager_engine, "compile": compiled_engine}
