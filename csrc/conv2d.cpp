@@ -51,6 +51,7 @@ public:
         load.out_row = map_.row_pitch();
         load.out_block = map_.block_pitch();
         load.out_col = map_.read_columns();
+        load.row_read = map_.read_rows();
         kernels_.load(load, row0, row1);
     }
 

@@ -22,6 +22,24 @@ struct TileAt {
 
 using TileFn = void (*)(const den::ConvPass&, const TileAt&);
 
+// Where the output channels of a tile begin, from the start of a pixel.
+inline std::ptrdiff_t out_block(const den::ConvPass& pass, const TileAt& at) {
+    return (at.first_out / den::kBlock) * pass.out_block + at.first_out % den::kBlock;
+}
+
+// Asks for the lines that the epilogue will read and write: they left the cache long ago, or were never in it, and the
+// sums take long enough to fetch them.
+template <class V, int NV>
+void prefetch(const den::ConvPass& pass, const TileAt& at, int rows, int cols) {
+    constexpr int per_block = den::kBlock / V::lanes;
+    const float* from = (pass.residual ? pass.residual : pass.out) + out_block(pass, at);
+    for (int r = 0; r < rows; ++r)
+        for (int q = 0; q < cols; ++q) {
+            const float* pixel = from + (at.row + r) * pass.out_row + pass.out_col[at.col + q];
+            for (int v = 0; v < NV; v += per_block) __builtin_prefetch(pixel + (v / per_block) * pass.out_block, 1);
+        }
+}
+
 // The epilogue of a tile: relu(sum * mul + add + residual).
 template <class V, int NV>
 void finish(const den::ConvPass& pass, const TileAt& at, int rows, int cols, float* sums) {
@@ -33,33 +51,35 @@ void finish(const den::ConvPass& pass, const TileAt& at, int rows, int cols, flo
         mul[v] = V::load(pass.mul + at.first_out + v * V::lanes);
         add[v] = V::load(pass.add + at.first_out + v * V::lanes);
     }
+    const float lowest = pass.relu ? 0.0f : -__builtin_inff();
+    const Reg floor = V::broadcast(&lowest);
     // Whole vectors go straight out unless the channels are ragged or straddle two blocks of a blocked map.
     const bool straight = at.lanes_out == NV * V::lanes &&
                           (pass.out_block == kBlock || at.first_out % V::lanes == 0);
-    const std::ptrdiff_t block = (at.first_out / kBlock) * pass.out_block + at.first_out % kBlock;
+    const std::ptrdiff_t block = out_block(pass, at);
     for (int r = 0; r < rows; ++r)
         for (int q = 0; q < cols; ++q, sums += NV * V::lanes) {
             const std::ptrdiff_t pixel = (at.row + r) * pass.out_row + pass.out_col[at.col + q];
-            for (int v = 0; v < NV; ++v) {
-                Reg value = V::fma(V::load(sums + v * V::lanes), mul[v], add[v]);
-                if (!straight) {
-                    V::store(sums + v * V::lanes, value);
-                    continue;
+            if (straight) {
+                const float* residual = pass.residual ? pass.residual + pixel + block : nullptr;
+                float* out = pass.out + pixel + block;
+#pragma GCC unroll 4
+                for (int v = 0; v < NV; ++v) {
+                    const std::ptrdiff_t place = (v / per_block) * pass.out_block + (v % per_block) * V::lanes;
+                    Reg value = V::fma(V::load(sums + v * V::lanes), mul[v], add[v]);
+                    if (residual) value = V::add(value, V::load(residual + place));
+                    V::store(out + place, V::at_least(floor, value));
                 }
-                const std::ptrdiff_t place =
-                    pixel + block + (v / per_block) * pass.out_block + (v % per_block) * V::lanes;
-                if (pass.residual) value = V::add(value, V::load(pass.residual + place));
-                if (pass.relu) value = V::relu(value);
-                V::store(pass.out + place, value);
+                continue;
             }
-            if (straight) continue;
+            for (int v = 0; v < NV; ++v)
+                V::store(sums + v * V::lanes, V::fma(V::load(sums + v * V::lanes), mul[v], add[v]));
             for (int i = 0; i < at.lanes_out; ++i) {
                 const int c = at.first_out + i;
                 const std::ptrdiff_t place = pixel + (c / kBlock) * pass.out_block + c % kBlock;
                 float value = sums[i];
                 if (pass.residual) value += pass.residual[place];
-                if (pass.relu && value < 0) value = 0;
-                pass.out[place] = value;
+                pass.out[place] = value < lowest ? lowest : value;
             }
         }
 }
@@ -72,6 +92,7 @@ void tile(const den::ConvPass& pass, const TileAt& at) {
     const std::ptrdiff_t weight_block = (std::ptrdiff_t)pass.taps * pass.group_in * kBlock;
     const std::ptrdiff_t in_row = pass.in_row;
 
+    prefetch<V, NV>(pass, at, R, Q);
     Reg acc[R * Q][NV];
 #pragma GCC unroll 32
     for (int p = 0; p < R * Q; ++p)

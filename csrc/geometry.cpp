@@ -13,13 +13,16 @@ BlockedMap::BlockedMap(const ConvShape& conv) : conv_(conv) {
     block_pitch_ = rows_ * row_pitch_;
     floats_ = std::size_t(ceil_div(conv.in_channels, kBlock)) * block_pitch_;
 
-    std::vector<bool> phase_read(phases, false);
-    for (int ky = 0; ky < conv.kernel.y; ++ky)
+    std::vector<char> phase_read(phases, 0), row_phase_read(conv.stride.y, 0);
+    for (int ky = 0; ky < conv.kernel.y; ++ky) {
+        row_phase_read[ky * conv.dilation.y % conv.stride.y] = 1;
         for (int kx = 0; kx < conv.kernel.x; ++kx) {
             const int x = kx * conv.dilation.x;
-            phase_read[x % phases] = true;
+            phase_read[x % phases] = 1;
             taps_.push_back(ky * conv.dilation.y * row_pitch_ + (x % phases) * phase_pitch + (x / phases) * kBlock);
         }
+    }
+    for (int y = 0; y < rows_; ++y) read_rows_.push_back(row_phase_read[y % conv.stride.y]);
     for (int x = 0; x < columns; ++x) {
         columns_.push_back((x % phases) * phase_pitch + (x / phases) * kBlock);
         read_columns_.push_back(phase_read[x % phases] ? columns_.back() : -1);

@@ -46,8 +46,10 @@ public:
     // Where the image begins, and the offset of each of its columns.
     float* image(float* map) const { return map + conv_.padding.y * row_pitch_; }
     const std::ptrdiff_t* columns() const { return columns_.data() + conv_.padding.x; }
-    // The same, negative for a column that no tap reads.
+    // The same, negative for a column that no tap reads; and for each row of the image whether any does (strided 1x1
+    // convolutions read one pixel in four).
     const std::ptrdiff_t* read_columns() const { return read_columns_.data() + conv_.padding.x; }
+    const char* read_rows() const { return read_rows_.data() + conv_.padding.y; }
 
     // Writes the zeros around the image of the first `channels` channels. Nothing else ever writes them.
     void zero_border(float* map, int channels) const;
@@ -62,6 +64,7 @@ private:
     std::ptrdiff_t row_pitch_, block_pitch_;
     std::size_t floats_;
     std::vector<std::ptrdiff_t> columns_, read_columns_, taps_;
+    std::vector<char> read_rows_;
 };
 
 // Column offsets of an NHWC row.

@@ -119,6 +119,7 @@ void conv(const den::ConvPass& pass, int unit0, int unit1, int row0, int row1) {
 void load(const den::MapLoad& load, int row0, int row1) {
     constexpr int step = Vec::lanes;
     for (int row = row0; row < row1; ++row) {
+        if (!load.row_read[row]) continue;
         const float* line = load.in + row * load.in_row;
         float* out_line = load.out + row * load.out_row;
         for (int col = 0; col < load.width; ++col) {
@@ -128,7 +129,7 @@ void load(const den::MapLoad& load, int row0, int row1) {
             int c = 0;
             for (; c + step <= load.channels; c += step) {
                 Vec::Reg value = Vec::load(x + c);
-                if (load.mul) value = Vec::relu(Vec::fma(value, Vec::load(load.mul + c), Vec::load(load.add + c)));
+                if (load.mul) value = Vec::at_least(Vec::zero(), Vec::fma(value, Vec::load(load.mul + c), Vec::load(load.add + c)));
                 Vec::store(out + (c / den::kBlock) * load.out_block + c % den::kBlock, value);
             }
             for (; c < load.channels; ++c) {

@@ -46,6 +46,7 @@ struct MapLoad {
     float* out;
     std::ptrdiff_t out_row, out_block;
     const std::ptrdiff_t* out_col;  // negative: no tap reads this column
+    const char* row_read;           // 0: no tap reads this row
 };
 
 struct Kernels {

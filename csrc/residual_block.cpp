@@ -81,6 +81,7 @@ public:
         load.out_row = map.row_pitch();
         load.out_block = map.block_pitch();
         load.out_col = map.read_columns();
+        load.row_read = map.read_rows();
         kernels_.load(load, row0, row1);
     }
 

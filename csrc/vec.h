@@ -21,8 +21,8 @@ struct Vec16 {
     static Reg broadcast(const float* p) { return _mm512_set1_ps(*p); }
     static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
     static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
-    // maxps returns its second operand when one is NaN, so a NaN survives as it does in torch.relu.
-    static Reg relu(Reg a) { return _mm512_max_ps(_mm512_setzero_ps(), a); }
+    // max(low, a). maxps returns its second operand when one is NaN, so a NaN survives as it does in torch.relu.
+    static Reg at_least(Reg low, Reg a) { return _mm512_max_ps(low, a); }
 };
 
 #endif
@@ -37,7 +37,7 @@ struct Vec8 {
     static Reg broadcast(const float* p) { return _mm256_broadcast_ss(p); }
     static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
     static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
-    static Reg relu(Reg a) { return _mm256_max_ps(_mm256_setzero_ps(), a); }
+    static Reg at_least(Reg low, Reg a) { return _mm256_max_ps(low, a); }
 };
 
 #else
@@ -56,10 +56,10 @@ struct Vec4 {
     static Reg broadcast(const float* p) { return Reg{*p, *p, *p, *p}; }
     static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
     static Reg add(Reg a, Reg b) { return a + b; }
-    static Reg relu(Reg a) {
-        const auto negative = a < zero();  // false for NaN, which is kept
+    static Reg at_least(Reg low, Reg a) {
         typedef int Mask __attribute__((vector_size(16)));
-        return (Reg)((Mask)a & ~(Mask)negative);
+        const Mask below = (Mask)(a < low);  // false for NaN, which is kept
+        return (Reg)(((Mask)a & ~below) | ((Mask)low & below));
     }
 };
 
