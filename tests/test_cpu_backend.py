@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -33,13 +34,6 @@ def _restore_isa_and_threads():
 
 def close(actual, expected) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.fixture
-def poisoned_empty(monkeypatch):
-    """torch.empty gives NaN: an output that the kernel forgets to write shows."""
-    empty = torch.empty
-    monkeypatch.setattr(cpu.torch, "empty", lambda *a, **k: empty(*a, **k).fill_(NAN))
 
 
 # The primitive
@@ -161,7 +155,7 @@ class Block:
     def __init__(self, channels, hidden, out, widths, kernels, strides, groups, preact, relu) -> None:
         self.widths, self.kernels, self.strides, self.groups, self.relu = widths, kernels, strides, groups, relu
         sizes = [channels, *[hidden] * (len(kernels) - 1), out]
-        pairs = list(zip(sizes, sizes[1:], strict=False))
+        pairs = list(pairwise(sizes))
         self.weight = [
             torch.randn(o, i // g, k, k) / (i // g * k * k) ** 0.5
             for (i, o), k, g in zip(pairs, kernels, groups, strict=True)
@@ -323,7 +317,10 @@ def test_level_0_is_untouched_in_place(isa) -> None:
         ({"order": [0]}, r"order is torch.int32 of shape \(1,\)"),
         ({"widths": [8, 4]}, r"widths\[1\] is 4; it must be at least widths\[0\], which is 8"),
         ({"widths": [0, 9]}, r"widths\[1\] is 9; it must be between 0 and the 8 channels"),
-        ({"x": torch.zeros(2, 4, 5, 5)}, r"weight\[0\] must be packed by this backend's pack_weight for 4 -> 8 channels"),
+        (
+            {"x": torch.zeros(2, 4, 5, 5)},
+            r"weight\[0\] must be packed by .* for 4 -> 8 channels",
+        ),
     ],
 )
 def test_residual_block_names_what_is_wrong(change, message) -> None:

@@ -139,9 +139,7 @@ def conv2d_backward(
     """Gradients of `conv2d`: those of the `grouped` backend."""
     from . import grouped
 
-    return grouped.conv2d_backward(
-        grad, x, weight, in_width, out_width, stride, padding, dilation, groups, output_mask
-    )
+    return grouped.conv2d_backward(grad, x, weight, in_width, out_width, stride, padding, dilation, groups, output_mask)
 
 
 def pack_weight(weight: Tensor, groups: int) -> Tensor:
@@ -151,9 +149,7 @@ def pack_weight(weight: Tensor, groups: int) -> Tensor:
     C_out, group_in, *kernel = weight.shape
     taps = kernel[0] * kernel[1]
     packed = torch.empty(extension.packed_floats(C_out, group_in, taps, groups), dtype=torch.float32)
-    extension.pack_weight(
-        weight.data_ptr(), packed.data_ptr(), C_out, group_in, taps, groups, torch.get_num_threads()
-    )
+    extension.pack_weight(weight.data_ptr(), packed.data_ptr(), C_out, group_in, taps, groups, torch.get_num_threads())
     return packed
 
 
