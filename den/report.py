@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,20 +18,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"
-BLACK, GREY = "#000000", "#7F7F7F"
+BLACK, GREY, UNUSED = "#000000", "#7F7F7F", "#E4E4E4"
 # Name in a summary: label, mark, size, colour. What is not here is a fixed level.
 POLICIES = {
-    "dense": ("dense network, trained alike", "s", 70, BLACK),
+    "dense": ("dense network, trained alike", "s", 130, BLACK),
     "full": ("DEN, every block at its top level", "^", 70, PURPLE),
     "random": ("DEN, random levels", "X", 80, VERMILION),
     "selector": ("DEN, levels chosen by the selector", "*", 220, BLUE),
 }
+NARROWEST = 5.8  # inches
+RANGE = 30  # points of accuracy below the best that a picture shows
 STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlesize": 11,
-    "legend.frameon": False,
     "svg.hashsalt": "den",  # the same picture is the same file
     "svg.fonttype": "none",
 }
@@ -105,26 +107,39 @@ def accuracy_against_flops(
     """
     figure, axes = _panels(len(summary), width=5.2, height=4.2)
     for axis, (task, results) in zip(axes, summary.items(), strict=True):
-        fixed = {name: result for name, result in results.items() if name not in POLICIES}
-        if fixed:
-            points = sorted((r["flops_mean"] / 1e6, r["accuracy"], name) for name, r in fixed.items())
-            axis.plot(*zip(*[p[:2] for p in points], strict=True), "o-", color=GREY, ms=5, lw=1, label="DEN, one level")
-            for x, y, name in points:
-                axis.annotate(name, (x, y), (4, -11), textcoords="offset points", fontsize=8, color=GREY)
+        floor = max(result["accuracy"] for result in results.values()) - RANGE
+        _fixed_paths(axis, {name: result for name, result in results.items() if name not in POLICIES}, floor)
         for policy, (label, mark, size, colour) in POLICIES.items():
             if policy in results:
                 extra = (selector_flops or {}).get(task, 0) if policy == "selector" else 0
-                x = (results[policy]["flops_mean"] + extra) / 1e6
-                y = results[policy]["accuracy"]
-                axis.scatter(x, y, s=size, c=colour, marker=mark, label=label, zorder=3, edgecolors="white")
+                x, y = (results[policy]["flops_mean"] + extra) / 1e6, results[policy]["accuracy"]
+                face = "none" if policy == "dense" else colour  # hollow: the full path often lies on top of it
+                axis.scatter(x, y, s=size, marker=mark, label=label, zorder=3, facecolors=face, edgecolors=colour)
         axis.set_title(task)
-        axis.set_xlabel("million FLOPs an image" + (", the selector's included" if selector_flops else ""))
+        axis.set_xlabel("million FLOPs an image" + (", selector included" if selector_flops else ""))
         axis.set_ylabel("accuracy on test images, %")
-        axis.set_xlim(left=0)
         axis.margins(0.12)
+        low, high = axis.get_ylim()
+        axis.set_ylim(max(low, floor), min(high, 101))
+        axis.set_xlim(left=0)
         axis.grid(alpha=0.25)
     _legend(figure, axes)
     return _finish(figure, path, "Accuracy against FLOPs", conditions)
+
+
+def _fixed_paths(axis: Axes, results: Mapping[str, Mapping[str, Any]], floor: float) -> None:
+    """A line through the fixed paths; those below the picture are told in words at its lower edge."""
+    points = sorted((r["flops_mean"] / 1e6, r["accuracy"], name) for name, r in results.items())
+    shown = [point for point in points if point[1] >= floor]
+    if shown:
+        xs, ys = [x for x, _, _ in shown], [y for _, y, _ in shown]
+        axis.plot(xs, ys, "o-", color=GREY, ms=5, lw=1, label="DEN, one path for every image")
+    for x, y, name in shown:
+        axis.annotate(name, (x, y), (5, -12), textcoords="offset points", fontsize=8, color=GREY)
+    hidden = [f"{name}: {y:.1f}%" for _, y, name in points if y < floor]
+    if hidden:
+        text = "below the picture: " + ", ".join(hidden)
+        axis.text(0.98, 0.03, text, transform=axis.transAxes, ha="right", fontsize=8, color=GREY)
 
 
 def level_usage(
@@ -211,32 +226,33 @@ def sample_paths(
 
     columns = min(columns, len(samples))
     lines = -(-len(samples) // columns)
-    figure = _figure(1.75 * columns, 2.75 * lines + 1.0)
-    grid = figure.add_gridspec(2 * lines, columns, height_ratios=[3, 1] * lines)
-    colours = _level_colours(len(ratios))
+    figure = _figure(max(NARROWEST, 1.75 * columns), 2.85 * lines + 1.0)
+    grid = figure.add_gridspec(3 * lines, columns, height_ratios=[3, 1, 0.15] * lines)
+    colours = [
+        UNUSED if ratio == 0 else colour for ratio, colour in zip(ratios, _level_colours(len(ratios)), strict=True)
+    ]
     for number, sample in enumerate(samples):
         line, column = divmod(number, columns)
         image = np.asarray(sample["image"])
-        picture = figure.add_subplot(grid[2 * line, column])
+        picture = figure.add_subplot(grid[3 * line, column])
         brightest = 255 if image.max() > 1 else 1
         picture.imshow(image, cmap="gray", interpolation="nearest", vmin=0, vmax=brightest)
         picture.set_axis_off()
         right = sample["prediction"] == sample["label"]
-        verdict = f"{sample['prediction']}" if right else f"{sample['prediction']} (is {sample['label']})"
-        task = f"{sample['task']}: " if "task" in sample else ""
-        picture.set_title(
-            f"{task}{verdict}\ncost {sample['cost']:.2f}", fontsize=8.5, color=BLACK if right else VERMILION
-        )
-        strip = figure.add_subplot(grid[2 * line + 1, column])
+        verdict = f"{sample['prediction']}" if right else f"{sample['prediction']} (truth: {sample['label']})"
+        caption = textwrap.fill(f"{sample['task']}: {verdict}" if "task" in sample else verdict, 26)
+        ink = BLACK if right else VERMILION
+        picture.set_title(f"{caption}\ncost {sample['cost']:.2f}", fontsize=8.5, color=ink)
+        strip = figure.add_subplot(grid[3 * line + 1, column])
         levels = sample["path"]
         for block, level in enumerate(levels):
-            strip.bar(block, 1, 0.85, color="#E8E8E8")
+            strip.bar(block, 1, 0.85, color=UNUSED)
             strip.bar(block, ratios[level], 0.85, color=colours[level])
         strip.set_xlim(-0.6, len(levels) - 0.4)
         strip.set_ylim(0, 1)
         strip.set_axis_off()
     handles = [_patch(colours[level], f"level {level}: {_share_of_channels(r)}") for level, r in enumerate(ratios)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9)
+    _place_legend(figure, handles, [handle.get_label() for handle in handles])
     subtitle = "a bar a block, from input to output; its height: the share of the block's channels that ran"
     return _finish(
         figure, path, "The sub-network that each image took", "\n".join(filter(None, (subtitle, conditions)))
@@ -261,7 +277,7 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _panels(count: int, *, width: float, height: float, sharey: bool = False) -> tuple[Figure, list[Axes]]:
-    figure = _figure(width * count, height)
+    figure = _figure(max(NARROWEST, width * count), height)
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
@@ -275,17 +291,23 @@ def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    columns = max(1, min(len(handles), int(figure.get_figwidth() // 2.4)))
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=9, frameon=False
-    )
+    _place_legend(figure, list(handles.values()), list(handles))
+
+
+def _place_legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    fitting = max(1, int(figure.get_figwidth() // 2.75))
+    rows = -(-len(handles) // fitting)
+    columns = -(-len(handles) // rows)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
 
 
 def _finish(figure: Figure, path: str | os.PathLike[str], title: str, conditions: str) -> list[Path]:
     """Write the figure as PNG and SVG beside each other, each whole or not at all."""
     import matplotlib
 
-    figure.suptitle(f"{title}\n{conditions}" if conditions else title, fontsize=11)
+    fitting = int(10.5 * figure.get_figwidth())  # characters
+    lines = [textwrap.fill(line, fitting) for line in (title, *conditions.splitlines())]
+    figure.suptitle("\n".join(lines), fontsize=11)
     written = []
     for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
         target = Path(path).with_suffix(f".{kind}")
