@@ -81,6 +81,37 @@ def test_batch_mates_change_nothing(make):
     assert torch.equal(model(others, level=paths).logits[2], logits[2])
 
 
+@pytest.mark.parametrize("make", [wrn, resnet, conv_net])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_weights_of_groups_that_no_sample_runs_are_not_read(make, frozen):
+    """NaN in them changes nothing: the work is left out, not masked."""
+    model = make()
+    path = [model.num_levels - 2] * model.num_blocks
+    channels, size = (1, 28) if make is conv_net else (3, 8)
+    x = torch.randn(2, channels, size, size)
+    wanted = model(x, level=path).logits
+    with torch.no_grad():
+        for block, level in zip(model.estimator.blocks, path, strict=True):
+            block.conv1.weight[block.widths[level] :] = torch.nan
+            block.conv2.weight[:, block.widths[level] :] = torch.nan
+    run = den.freeze(model) if frozen else model
+    torch.testing.assert_close(run(x, level=path).logits, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [wrn, resnet, conv_net])
+def test_autocast_trains(make):
+    model = make().train()
+    channels, size = (1, 28) if make is conv_net else (3, 8)
+    x, level = torch.randn(3, channels, size, size), torch.randint(model.num_levels, (3, model.num_blocks))
+    wanted = model(x, level=level).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(x, level=level).logits
+    logits.float().square().sum().backward()
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.float(), wanted, rtol=0.1, atol=0.1 * wanted.abs().max().item())
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
 @pytest.mark.parametrize("make", [wrn, resnet])
 def test_gradients_reach_the_groups_that_ran_and_no_others(make):
     model = make().train()
