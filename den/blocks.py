@@ -8,7 +8,7 @@ Suffixes: N samples, C channels, H W space, L levels.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -39,14 +39,14 @@ def conv_out(size: int, stride: int) -> int:
     return (size - 1) // stride + 1
 
 
-class Block(nn.Module):
+class Block(nn.Module, ABC):
     """What the estimator, the cost tables and `freeze` ask of a block.
 
     Attributes:
         in_channels, out_channels: channels of input and output, the same at every level.
         hierarchy: the level ratios.
         widths: hidden channels of each level, L integers.
-        weight_counts: convolution weights that each level runs, L integers (the paper's parameters).
+        param_counts: convolution weights that each level runs, L integers (the paper's parameters).
     """
 
     level_width: Tensor
@@ -72,7 +72,7 @@ class Block(nn.Module):
 
     @property
     @abstractmethod
-    def weight_counts(self) -> tuple[int, ...]: ...
+    def param_counts(self) -> tuple[int, ...]: ...
 
     def extra_repr(self) -> str:
         return f"widths={self.widths}"
@@ -87,8 +87,8 @@ class ResidualBlock(Block):
 
     Batch norm. The statistics of a hidden channel, and of the map that a pre-activation block reads, do not
     depend on the block's own level: they have one set, over the samples that ran them. What a contract
-    convolution puts out has another
-    distribution at every level: behind it (post-activation only) `bn="per_level"` keeps a set for each.
+    convolution puts out has another distribution at every level: behind it (post-activation only)
+    `bn="per_level"` keeps a set for each.
 
     Args:
         in_channels, out_channels: the block's channels; out_channels is at least in_channels, and the hidden
@@ -155,10 +155,10 @@ class ResidualBlock(Block):
 
     def macs(self, height: int, width: int) -> tuple[tuple[int, ...], tuple[int, int]]:
         size = conv_out(height, self.stride), conv_out(width, self.stride)
-        return tuple(count * size[0] * size[1] for count in self.weight_counts), size
+        return tuple(count * size[0] * size[1] for count in self.param_counts), size
 
     @property
-    def weight_counts(self) -> tuple[int, ...]:
+    def param_counts(self) -> tuple[int, ...]:
         return tuple(9 * w * (self.in_channels + self.out_channels) for w in self.widths)
 
 
@@ -228,7 +228,7 @@ class ConvPairBlock(Block):
         return tuple(9 * w * per_width for w in self.widths), last
 
     @property
-    def weight_counts(self) -> tuple[int, ...]:
+    def param_counts(self) -> tuple[int, ...]:
         return tuple(9 * w * (self.in_channels + self.out_channels) for w in self.widths)
 
 

@@ -5,7 +5,7 @@ Suffixes: N samples, C channels, H W space, B blocks, F features.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -60,11 +60,11 @@ class Stem(nn.Module):
         return x if self.norm is None else F.relu(self.norm(x, set_index=set_index))
 
 
-class Tail(nn.Module):
+class Tail(nn.Module, ABC):
     """From the last block's map to the features that the heads read."""
 
     out_features: int
-    weight_count: int = 0
+    param_count: int = 0
     macs: int = 0
 
     @abstractmethod
@@ -101,7 +101,7 @@ class HiddenTail(Tail):
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths, features, strict=False))
         self.out_features = features[-1]
         self.macs = sum(i * o for i, o in zip(widths, features, strict=False))
-        self.weight_count = self.macs + sum(features)
+        self.param_count = self.macs + sum(features)
 
     def forward(self, x: Tensor, set_index: int = 0) -> Tensor:
         check_map(x, self.map_shape)
@@ -174,15 +174,11 @@ class Estimator(nn.Module):
         """Logits of x [N, C, H, W] at integer levels [N, B], for a task's classes: [N, classes]."""
         set_index = self.set_index[task]
         stride = stem_stride(x.shape[2], x.shape[3], self.base_size)
-        levels = level_NB.unbind(1)
         if self.stem is not None:
             x = self.stem(x, stride, set_index)
-            first = 0
-        else:
-            x = self.blocks[0](x, levels[0], set_index, stride)
-            first = 1
-        for block, level_N in zip(self.blocks[first:], levels[first:], strict=True):
-            x = block(x, level_N, set_index)
+        for index, (block, level_N) in enumerate(zip(self.blocks, level_NB.unbind(1), strict=True)):
+            entry = (stride,) if index == 0 and self.stem is None else ()
+            x = block(x, level_N, set_index, *entry)
         return self.heads[task](self.tail(x, set_index))
 
     def entry(self, height: int, width: int) -> tuple[int, int, tuple[int, int]]:

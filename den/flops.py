@@ -81,7 +81,7 @@ def flops(
 
 def cost_ratios(model: DEN | FrozenDEN | Estimator) -> Tensor:
     """d_i(l) of equation 5: weights of block i that level l runs, as a share of the block's. float32 [B, L]."""
-    rows = [[count / b.weight_counts[-1] for count in b.weight_counts] for b in _blocks(_estimator(model))]
+    rows = [[count / b.param_counts[-1] for count in b.param_counts] for b in _blocks(_estimator(model))]
     return torch.tensor(rows, dtype=torch.float32)
 
 
@@ -101,7 +101,7 @@ def count_parameters(model: DEN | FrozenDEN | Estimator, level: Sequence[int] | 
             raise ValueError(f"level has {len(rows)} rows; count_parameters takes one path, [B]")
         path = rows[0].tolist()
     stem = 0 if estimator.stem is None else estimator.stem.conv.weight.numel()
-    return stem + sum(b.weight_counts[l] for b, l in zip(blocks, path, strict=True)) + estimator.tail.weight_count
+    return stem + sum(b.param_counts[l] for b, l in zip(blocks, path, strict=True)) + estimator.tail.param_count
 
 
 def _source(model: DEN | FrozenDEN) -> DEN:
