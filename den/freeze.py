@@ -31,7 +31,7 @@ def freeze(model: DEN, dtype: torch.dtype | None = None, backend: str = "auto") 
 
     Args:
         model: a DEN.
-        dtype: of weights and activations; None: the model's. Folding is done in float32 or better.
+        dtype: of weights and activations; None: the model's, in which the norms are folded too.
         backend: of `den_kernels`; "auto" takes the fastest on this machine.
 
     Returns: a module called like the model, with the same `DENOutput` (logits in `dtype`).

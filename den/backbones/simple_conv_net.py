@@ -21,10 +21,9 @@ from den.estimator import Estimator, EstimatorOptions, HiddenTail, stem_stride
 def simple_conv_net(options: EstimatorOptions, size: int | None = None, *, image_size: int | None = None) -> Estimator:
     """SimpleConvNet for square images of one size: 84 if neither the name nor `image_size` says.
 
-    Images of twice base_size or more enter through a strided first convolution, and the last pool is left
-        out: at 224 the
-    network downsamples by 16, as the paper's parameter count tells. At 84: 147,552 parameters (hidden layers
-    with their biases) and 27,458,048 multiply-adds; at 224: 847,968 and 49,590,272.
+    Images of twice base_size or more enter through a strided first convolution, and the last pool is left out:
+    at 224 the network downsamples by 16, as the paper's parameter count tells. At 84: 147,552 parameters (hidden
+    layers with their biases) and 27,458,048 multiply-adds; at 224: 847,968 and 49,590,272.
 
     Raises:
         ValueError: image_size contradicts the name or is too small for the pools.
