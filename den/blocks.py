@@ -209,9 +209,8 @@ class ConvPairBlock(Block):
     def forward(self, x: Tensor, level_N: Tensor, set_index: int = 0, entry_stride: int = 1) -> Tensor:
         """x [N, C, H, W], level_N integer [N] -> [N, out_channels, H', W'].
 
-        entry_stride: stride of the first convolution; above 1 only where the block is a network's entry and
-            brings large
-        images down to the size that the network was made for.
+        entry_stride: stride of the first convolution; above 1 only where the block is a network's entry and brings
+            large images down to the size that the network was made for.
         """
         hidden_N = self.width(level_N)
         h = expand(self.conv1, x, hidden_N, entry_stride)

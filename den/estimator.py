@@ -22,9 +22,8 @@ from den.hierarchy import Hierarchy
 class EstimatorOptions:
     """What every backbone family is built from, checked by `create_model`.
 
-    base_size: image size that the network is made for; larger images are brought down to it by a stem stride
-        of
-    `min(H, W) // base_size`. None: the stride is always 1.
+    base_size: image size that the network is made for; larger images are brought down to it by a stem stride of
+        `min(H, W) // base_size`. None: the stride is always 1.
     """
 
     tasks: Mapping[str, int]

@@ -12,9 +12,8 @@ class Hierarchy:
     """Level ratios of a network's blocks: level l runs the first `ratios[l]` of a block's hidden channels.
 
     Args:
-        ratios: share of the hidden channels at each level, in [0, 1], strictly ascending, the last 1. A first
-            ratio of 0
-            is a level without any convolution: it exists in residual blocks alone, which pass their input on.
+        ratios: share of the hidden channels at each level, in [0, 1], strictly ascending, the last 1. A first ratio
+            of 0 is a level without any convolution: it exists in residual blocks alone, which pass their input on.
 
     Raises:
         TypeError: ratios is not a sequence of numbers.

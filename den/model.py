@@ -114,8 +114,8 @@ def create_model(
         bn: "per_level": batch norm behind a contract convolution keeps statistics for each level; "shared":
             one set.
         selector: "paper" (a residual network of 16/32/64 channels, 0.37M parameters), "light" (at most 3% of
-            the estimator's FLOPs), the fields of a `SelectorSpec`, or any module from images to logits [N, B,
-            L].
+            the estimator's FLOPs), the fields of a `SelectorSpec`, or any module from images to logits
+            [N, B, L].
         task_norm: "shared" or "per_task": batch norm with one set of statistics, or one a task.
         base_size: image size that the network is made for; larger images enter through a stem stride of
             `min(H, W) // base_size`. None: stride 1 always. Default: the family's, 32 for residual networks.

@@ -21,8 +21,7 @@ from den.estimator import Estimator
 class Family:
     """One family of backbones.
 
-    pattern: regular expression of its names; its groups are whole numbers, passed to `build` after the
-        options.
+    pattern: regular expression of its names; its groups are whole numbers, passed to `build` after the options.
     names: the names worth listing.
     ratios: level ratios when the caller gives none.
     base_size: image size that the family is made for.
