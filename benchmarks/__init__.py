@@ -1,1 +1,1 @@
-"""How speed is told: every figure a ratio of medians taken in turn, in one run, after the results were checked equal."""
+"""How speed is told: ratios of medians taken in turn, in one run, after the results were checked equal."""

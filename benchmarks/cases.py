@@ -60,7 +60,7 @@ class Mix:
 
 
 def max_entropy(costs: Sequence[float], mean: float) -> list[float]:
-    """The most even distribution over levels of these costs whose mean cost is `mean`: p proportional to exp(t * cost)."""
+    """The most even distribution over levels of these costs with this mean: p proportional to exp(t * cost)."""
     if not min(costs) < mean < max(costs):
         raise ValueError(f"mean is {mean}; it must lie between {min(costs)} and {max(costs)}")
     low, high = -100.0, 100.0

@@ -36,7 +36,7 @@ class Engine(Protocol):
         ...
 
     def time(self, calls: int) -> list[float]:
-        """Seconds of each of `calls` runs, behind an untimed one where a run is short enough to need its caches warm."""
+        """Seconds of each of `calls` runs, behind an untimed one where runs are so short that caches matter."""
         ...
 
 
@@ -65,7 +65,7 @@ class InProcess:
 
 
 def need_backend(name: str) -> None:
-    """Skip the test, saying why, where a backend of `den_kernels` cannot be used: nothing else ever runs in its place."""
+    """Skip the test, saying why, where a backend cannot be used here: nothing else ever runs in its place."""
     reason = load(name).unavailable()
     if reason:
         pytest.skip(f"backend {name!r} cannot be used here: {reason}")

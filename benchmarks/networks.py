@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import den
+import den_kernels as dk
 from benchmarks.cases import RATIOS, TASK, ModelCase
 from benchmarks.engines import InProcess
-from den.dense import DenseNetwork, PlainResidualBlock, dense
+from den.blocks import shortcut
+from den.dense import DenseNetwork, PlainResidualBlock, PlainStem, dense
 
-REFERENCE_SAMPLES = 8
+REFERENCE_SAMPLES = 4
 
 
 @functools.cache
@@ -26,11 +29,11 @@ def network(name: str) -> den.DEN:
     torch.manual_seed(0)
     model = den.create_model(name, tasks=TASK, ratios=RATIOS)
     for module in model.modules():
-        if hasattr(module, "running_var"):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.1)
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
+        if isinstance(module, (dk.DENBatchNorm2d, nn.BatchNorm2d)):
+            for positive in (module.weight, module.running_var):
+                nn.init.uniform_(cast(Tensor, positive), 0.5, 1.5)
+            for signed in (module.bias, module.running_mean):
+                nn.init.normal_(cast(Tensor, signed), std=0.1)
     return model.eval().requires_grad_(False)
 
 
@@ -50,7 +53,7 @@ def _reference_network(name: str) -> den.DEN:
 
 
 def checked_rows(batch: int) -> Tensor:
-    """The samples whose results are compared with the reference: all, or as many as it can do in time, evenly spread."""
+    """The samples compared with the reference: all, or as many as it can do in time, evenly spread."""
     return torch.linspace(0, batch - 1, min(batch, REFERENCE_SAMPLES)).round().long().unique()
 
 
@@ -58,6 +61,14 @@ def checked_rows(batch: int) -> Tensor:
 def reference_logits(name: str, x: Tensor, level_NB: Tensor) -> Tensor:
     """Float64 logits of den_kernels' specification, a sample at a time over sliced weights."""
     return _reference_network(name)(x.double(), level=level_NB).logits
+
+
+@functools.cache
+def static_reference(case: ModelCase, batch: int, level: int) -> Tensor:
+    """The same for the checked rows of a batch at one level in every block."""
+    rows = checked_rows(batch)
+    blocks = network(case.name).num_blocks
+    return reference_logits(case.name, images(case, batch)[rows], torch.full((len(rows), blocks), level))
 
 
 @functools.cache
@@ -117,43 +128,49 @@ def slim_engine(name: str, x: Tensor, level: int) -> InProcess:
 def masked_engine(name: str, x: Tensor, level_NB: Tensor) -> InProcess:
     """What peers ship: every convolution in full, times a mask of the hidden channels."""
     net = dense_network(name)
-    blocks = [_preactivation(block) for block in net.blocks]
+    stem, blocks = _stem(net), [_preactivation(block) for block in net.blocks]
     widths = torch.tensor([block.widths for block in network(name).estimator.blocks])
 
     def run() -> Tensor:
-        h = net.stem(x, 1)
-        for b, block in enumerate(blocks):
+        h = stem(x, 1)
+        for b, (block, pre_scale, pre_shift) in enumerate(blocks):
             width_N = widths[b][level_NB[:, b]]
             mask = (torch.arange(block.conv1.out_channels) < width_N[:, None])[:, :, None, None].to(h.dtype)
-            a = F.relu(torch.addcmul(block.pre_shift, h, block.pre_scale), inplace=True)
+            a = F.relu(torch.addcmul(pre_shift, h, pre_scale), inplace=True)
             a = F.relu(block.conv1(a), inplace=True).mul_(mask)
-            h = block.conv2(a).add_(super(PlainResidualBlock, block).forward(h))
+            h = block.conv2(a).add_(shortcut(h, block.stride, block.out_channels))
         return net.head(net.tail(h, 0))
 
     return InProcess("masked dense", run)
 
 
-def _preactivation(block: nn.Module) -> PlainResidualBlock:
-    if not isinstance(block, PlainResidualBlock) or block.relu:
-        raise TypeError(
-            f"the masked form is written for pre-activation residual blocks, not for {type(block).__name__}"
-        )
-    return block
+def _stem(net: DenseNetwork) -> PlainStem:
+    if net.stem is None:
+        raise TypeError("this opponent is written for networks with a stem")
+    return net.stem
+
+
+def _preactivation(block: nn.Module) -> tuple[PlainResidualBlock, Tensor, Tensor]:
+    """A block with its first norm's scale and shift; in such a block every other norm folds whatever the level."""
+    if not isinstance(block, PlainResidualBlock) or block.pre_scale is None or block.pre_shift is None:
+        raise TypeError(f"the masked form is written for pre-activation residual blocks, not {type(block).__name__}")
+    return block, block.pre_scale, block.pre_shift
 
 
 def loop_engine(name: str, x: Tensor, level_NB: Tensor) -> InProcess:
     """An image at a time through weights that were sliced for each level beforehand."""
     nets = [dense_network(name, level) for level in range(len(RATIOS))]
+    stem, tail, head = _stem(nets[0]), nets[0].tail, nets[0].head
     paths = level_NB.tolist()
     singles = [x[n : n + 1] for n in range(len(paths))]
 
     def run() -> Tensor:
         logits = []
         for single, path in zip(singles, paths, strict=True):
-            h = nets[0].stem(single, 1)
+            h = stem(single, 1)
             for b, level in enumerate(path):
                 h = nets[level].blocks[b](h)
-            logits.append(nets[0].head(nets[0].tail(h, 0)))
+            logits.append(head(tail(h, 0)))
         return torch.cat(logits)
 
     return InProcess("batch-1 loop", run)

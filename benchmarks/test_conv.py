@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,18 +33,19 @@ def widths(case: cases.ConvCase, level: Tensor) -> tuple[Tensor | None, Tensor |
 def test_conv(benchmark, rows, case: cases.ConvCase, backend: str, batch: int, mix: str) -> None:
     need_backend(backend)
     if batch == 1 and mix == "uniform":
-        pytest.skip("one sample has one level: see the single levels")
+        pytest.skip("one sample has one level, not a mix")
     torch.manual_seed(0)
     x = torch.randn(batch, case.in_channels, case.size, case.size).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(case.out_channels, case.in_channels // case.groups, case.kernel, case.kernel)
     weight = (weight * (weight[0].numel()) ** -0.5).contiguous(memory_format=torch.channels_last)
-    geometry = {"stride": case.stride, "padding": case.kernel // 2, "groups": case.groups}
+    geometry: dict[str, Any] = {"stride": case.stride, "padding": case.kernel // 2, "groups": case.groups}
     level = cases.MIXES[mix].levels(batch, 1)[:, 0]
     inside, outside, share = widths(case, level)
 
     def elastic_engine(name: str) -> InProcess:
-        run = lambda: dk.den_conv2d(x, weight, None, inside, outside, **geometry, backend=name)  # noqa: E731
-        return InProcess(f"den[{name}]", run)
+        return InProcess(
+            f"den[{name}]", lambda: dk.den_conv2d(x, weight, None, inside, outside, backend=name, **geometry)
+        )
 
     elastic = [elastic_engine(backend), elastic_engine("grouped")]
     dense = InProcess("torch eager", lambda: F.conv2d(x, weight, None, **geometry), dense=True)

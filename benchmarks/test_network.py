@@ -25,7 +25,7 @@ def test_network(benchmark, request, rows, case: cases.ModelCase, backend: str, 
     model = networks.network(name)
     x = networks.images(case, batch)
     level_NB = cases.MIXES[mix].levels(batch, model.num_blocks)
-    top_NB = level_NB.new_full(level_NB.shape, model.num_levels - 1)
+    top = model.num_levels - 1
 
     subject = networks.den_engine(name, x, level_NB, backend)
     elastic: list[Engine] = [subject, networks.den_selector_engine(name, x, level_NB, backend)]
@@ -42,16 +42,18 @@ def test_network(benchmark, request, rows, case: cases.ModelCase, backend: str, 
 
     checked = networks.checked_rows(batch)
     tolerance = cases.TOLERANCE[x.dtype]
-    for engines, levels in ((elastic, level_NB), (dense, top_NB), (slim, level_NB.new_full(level_NB.shape, 2))):
-        if engines:
-            expected = networks.reference_logits(name, x[checked], levels[checked])
-            for engine in engines:
-                assert_close(engine.name, engine.result()[checked], expected, tolerance)
+    expected = networks.reference_logits(name, x[checked], level_NB[checked])
+    for engine in elastic:
+        assert_close(engine.name, engine.result()[checked], expected, tolerance)
+    for level, engines in ((top, dense), (2, slim)):
+        for engine in engines:
+            expected = networks.static_reference(case, batch, level)
+            assert_close(engine.name, engine.result()[checked], expected, tolerance)
 
     medians = take_turns(benchmark, subject, [*elastic[1:], *dense, *slim], BUDGET_S[batch])
     if medians:
         cost = den.flops(model, level_NB, case.image_size).double().mean()
-        full = den.flops(model, top_NB, case.image_size).double().mean()
+        full = den.flops(model, [top] * model.num_blocks, case.image_size)
         names = [engine.name for engine in dense]
         label = f"{case.name}@{case.image_size}"
-        rows.append(row("network", label, backend, "float32", batch, mix, (full / cost).item(), medians, names))
+        rows.append(row("network", label, backend, "float32", batch, mix, float(full / cost), medians, names))
