@@ -263,6 +263,7 @@ def _measure(
     )
 
 
+@torch.inference_mode()
 def check_equal(
     model: DEN, frozen: FrozenDEN, plain: Callable[[Tensor], Tensor], images: Tensor, task: str, seed: int = 0
 ) -> None:

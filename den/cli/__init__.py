@@ -105,11 +105,12 @@ def parse(command: type, name: str, arguments: Sequence[str], default: Any = Non
 
 
 def _first_paragraph(box: str) -> str:
-    """What tyro says in a box, without the box and the advice below its rule."""
+    """What tyro says in a box, without its title, its frame and the advice below its rule."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    lines = [line.strip("│ ").strip() for line in plain.splitlines() if not re.match(r"\s*[╭╰]", line)]
-    rule = next((i for i, line in enumerate(lines) if line and set(line) == {"─"}), len(lines))
-    text = " ".join(line for line in lines[:rule] if line)
+    paragraphs = re.split(r"\n[ │]*[─-]{4,}[ │]*\n", plain)
+    framed = "╭" in plain  # where the terminal has no such characters, the title stands above a rule of its own
+    text = paragraphs[0].partition("\n")[2] if framed else paragraphs[min(1, len(paragraphs) - 1)]
+    text = " ".join(re.sub(r"[│╰╯─]", " ", text).split())
     return text[:1].lower() + text[1:] if text else "wrong usage"
 
 

@@ -85,15 +85,12 @@ def find_checkpoint(path: Path) -> Path:
 
 def load_model(path: Path, device: str) -> Saved:
     """A trained model, in evaluation mode. Raises UserError."""
-    import torch
-
     from den import checkpoint
 
     folder = find_checkpoint(path)
     with user_input():
         model = checkpoint.load(folder, device=pick_device(device))
         meta = checkpoint.load_meta(folder)
-    torch.set_grad_enabled(False)
     return Saved(folder, model, meta.get("preprocessing", {}), meta.get("source", {}).get("tasks", {}))
 
 

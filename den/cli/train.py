@@ -151,7 +151,7 @@ class Train:
                 options, train = content["source"]["command"], content["train"]
                 options = {**options, "root": None if options["root"] is None else Path(options["root"])}
                 options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
-                config = _restore(TrainConfig(), {**train, "out": self.config.out, "resume": True})
+                config = _restore(TrainConfig(), {**train, "out": None, "resume": False, "progress": True})
                 return Train(**options, config=config)
             except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
                 raise UserError(f"{path} is not of a run that den train began: {error}") from error
