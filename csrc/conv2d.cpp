@@ -19,10 +19,10 @@ public:
 
     std::size_t workspace_floats() const { return map_.floats(); }
 
-    // Channels that take part. With groups an output group without its inputs keeps its bias only, as a map of
-    // nothing; it is computed apart.
     int in_width(int n) const { return args_.in_width[n]; }
     int out_width(int n) const { return args_.out_width[n]; }
+    // Output channels that anything is multiplied for. With groups, an active output group whose inputs are not active
+    // is its bias alone.
     int computed(int n) const {
         const ConvShape& s = args_.shape;
         return s.groups == 1 ? out_width(n) : std::min(out_width(n), in_width(n) / s.group_in() * s.group_out());

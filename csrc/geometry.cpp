@@ -1,7 +1,6 @@
 #include "geometry.h"
 
 #include <algorithm>
-#include <cstring>
 
 namespace den {
 

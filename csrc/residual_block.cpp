@@ -1,7 +1,6 @@
 #include "residual_block.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "dispatch.h"
 #include "geometry.h"
@@ -24,7 +23,7 @@ public:
                             {conv.kernel, conv.kernel}, {conv.stride, conv.stride}, {pad, pad},  {1, 1}};
             maps_.emplace_back(shape);
             map_at_.push_back(workspace_floats_);
-            workspace_floats_ += round_up(int(maps_.back().floats()), kBlock);
+            workspace_floats_ += maps_.back().floats();  // a multiple of a cache line, like all that follows
             scale_at_.push_back(workspace_floats_);
             workspace_floats_ += 2 * scale_floats(conv);
             channels = conv.out_channels, height = shape.out_height(), width = shape.out_width();
@@ -159,7 +158,6 @@ public:
     }
 
     int out_height() const { return out_height_; }
-    int out_width() const { return out_width_; }
 
 private:
     static std::size_t scale_floats(const BlockConv& conv) { return round_up(conv.out_channels, kBlock) + kBlock; }
@@ -177,11 +175,6 @@ private:
 };
 
 }  // namespace
-
-void block_out_size(const ResidualBlock& block, int* height, int* width) {
-    const Runner run(block);
-    *height = run.out_height(), *width = run.out_width();
-}
 
 void residual_block(const ResidualBlock& block) {
     const Runner run(block);

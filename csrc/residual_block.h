@@ -29,9 +29,6 @@ struct ResidualBlock {
     int threads;
 };
 
-// Output size of the block.
-void block_out_size(const ResidualBlock& block, int* height, int* width);
-
 void residual_block(const ResidualBlock& block);
 
 }  // namespace den
