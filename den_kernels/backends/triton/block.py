@@ -5,9 +5,9 @@
 
 Samples are visited in the plan's order, dearest first, and the hidden buffer is in that order too: slot s of it
 belongs to sample order[s]. The grid is the worst case, so that it is static; the programs of slots and channel tiles
-beyond a level return after a few scalar loads. Two launches, not one: a block in place on x would race on the halos, and
-recomputing the halo costs more than the round trip of `hidden` through L2 saves (WRN-32-4 stage 1 in bf16: 128 KiB a
-sample written and read, against 75 MFLOP a convolution).
+beyond a level return after a few scalar loads. Two launches, not one: a block in place on x would race on the halos,
+and recomputing the halo costs more than the round trip of `hidden` through L2 saves (WRN-32-4 stage 1 in bf16: 128 KiB
+a sample written and read, against 75 MFLOP a convolution).
 
 Hidden channels from the width up to the next multiple of 16 are written as zeros, which lets the next convolution
 load whole 16-byte vectors; channels beyond are never written and never read.
@@ -47,7 +47,8 @@ def pooled_shortcut(x_ptr, row_M, col_N, ok_MN, out_w, in_h, in_w, in_channels, 
     left_M = (row_M % out_w) * POOL
     ok_MN = ok_MN & (col_N < in_channels)[None, :]
     sum_MN = tl.zeros((row_M.shape[0], col_N.shape[0]), tl.float32)
-    for tap in tl.static_range(POOL * POOL):
+    # A real loop: unrolled, the loads of all taps are in flight at once and the epilogue spills.
+    for tap in tl.range(POOL * POOL, num_stages=1):
         y_M = top_M + tap // POOL
         x_M = left_M + tap % POOL
         inside_M = (y_M < in_h) & (x_M < in_w)
@@ -317,6 +318,7 @@ def plan_block(
         else:
             target = out
         check_indexable(weight, source, target)
+        granule = configs.granule(span * group_in) if padded_in else 1
         tile = configs.choose(
             configs.kind(x.dtype, precision),
             samples=samples * chunks,
@@ -325,6 +327,8 @@ def plan_block(
             columns=span * group_out,
             elastic_in=i > 0 and chunks == 1,
             elastic_out=i < last and chunks == 1,
+            through_registers=i == 0 and pre_scale is not None,
+            vectors=granule > 1,
             multiprocessors=multiprocessors(x.device),
         )
         tiles_m, tiles_n = -(-(out_h * out_w) // tile.block_m), -(-(span * group_out) // tile.block_n)
@@ -353,7 +357,7 @@ def plan_block(
             "STRIDE": stride[i],
             "CHUNKS": chunks,
             "SPAN": span,
-            "GRANULE": configs.granule(span * group_in) if padded_in else 1,
+            "GRANULE": granule,
             "PRECISION": precision,
         }
         if i < last:

@@ -20,22 +20,29 @@ class TileConfig(NamedTuple):
 
 
 # Shared memory of a pipelined tile is about stages * (block_m + block_n) * block_k * bytes: the largest of these takes
-# 96 KiB, so every tile fits the smallest of the targets (99 KiB on sm_89).
-def _tensor_core(block_m: int, block_n: int, block_k: int) -> TileConfig:
-    warps = 8 if block_m * block_n >= 128 * 128 else 4
+# 96 KiB, so every tile fits the smallest of the targets (99 KiB on sm_89). Warps are where the offline compiles stop
+# spilling: activations that pass through registers on their way (pre-activation, an exact mask) need more of them.
+def _half(block_m: int, block_n: int, block_k: int, through_registers: bool) -> TileConfig:
+    large = block_m * block_n * block_k >= 128 * 64 * 64
+    wide = block_m * block_n >= 64 * 128 or block_m * block_k >= 128 * 64
+    warps = 8 if large or (through_registers and wide) else 4
     return TileConfig(block_m, block_n, block_k, warps, 3 if (block_m + block_n) * block_k > 128 * 64 else 4)
 
 
-def _fma(block_m: int, block_n: int, block_k: int) -> TileConfig:
+def _tf32(block_m: int, block_n: int, block_k: int, through_registers: bool) -> TileConfig:
+    return TileConfig(block_m, block_n, block_k, 8 if block_m * block_n >= 128 * 64 else 4, 3)
+
+
+def _fp32(block_m: int, block_n: int, block_k: int, through_registers: bool) -> TileConfig:
     """Exact float32 has no tensor cores: both operands of a step sit in registers, so steps are short."""
-    return TileConfig(block_m, block_n, block_k, 4, 2)
+    return TileConfig(block_m, block_n, block_k, 4, 3 if through_registers else 2)
 
 
 # kind -> (sizes of M, N and K in ascending order, how a tile of those sizes is run)
 _FAMILIES = {
-    "half": ((16, 32, 64, 128), (16, 32, 64, 128), (32, 64), _tensor_core),
-    "tf32": ((16, 32, 64, 128), (16, 32, 64), (32,), _tensor_core),
-    "fp32": ((16, 32, 64), (16, 32, 64), (16,), _fma),
+    "half": ((16, 32, 64, 128), (16, 32, 64, 128), (32, 64), _half),
+    "tf32": ((16, 32, 64, 128), (16, 32, 64), (32,), _tf32),
+    "fp32": ((16, 32, 64), (16, 32, 64), (16,), _fp32),
 }
 
 
@@ -45,10 +52,10 @@ def kind(dtype: torch.dtype, precision: str) -> str:
     return "half"
 
 
-def tiles(kind: str) -> list[TileConfig]:
+def tiles(kind: str, through_registers: bool) -> list[TileConfig]:
     """Every tile that `choose` can return."""
     sizes_m, sizes_n, sizes_k, make = _FAMILIES[kind]
-    return [make(m, n, k) for m in sizes_m for n in sizes_n for k in sizes_k]
+    return [make(m, n, k, through_registers) for m in sizes_m for n in sizes_n for k in sizes_k]
 
 
 def _largest(sizes: tuple[int, ...], limit: int) -> int:
@@ -68,17 +75,23 @@ def choose(
     columns: int,
     elastic_in: bool,
     elastic_out: bool,
+    through_registers: bool,
+    vectors: bool,
     multiprocessors: int,
 ) -> TileConfig:
     """The tile for ``samples`` products of ``rows`` pixels by ``columns`` channels over ``reduction`` channels a tap.
 
     An elastic side is usually a quarter or a half of its full width, so its block is at most half of that: a block that
-    straddles the width does work that nobody asked for.
+    straddles the width does work that nobody asked for. ``through_registers``: activations are changed on
+    load. ``vectors``: channels come 16 bytes at a time; one by one, their addresses fill the registers of a tall tile.
     """
     sizes_m, sizes_n, sizes_k, make = _FAMILIES[kind]
     block_m = _covering(sizes_m, rows)
     block_n = _covering(sizes_n, columns // 2 if elastic_out else columns)
     block_k = _covering(sizes_k, reduction // 2 if elastic_in else reduction)
+
+    if not vectors:
+        block_m = min(block_m, 64)
 
     def programs() -> int:
         return samples * -(-rows // block_m) * -(-columns // block_n)
@@ -89,7 +102,7 @@ def choose(
             block_m = _largest(sizes_m, block_m // 2)
         else:
             block_n = _largest(sizes_n, block_n // 2)
-    return make(block_m, block_n, block_k)
+    return make(block_m, block_n, block_k, through_registers)
 
 
 def group_span(group_in: int, group_out: int, groups: int) -> int:

@@ -140,6 +140,7 @@ def plan_conv2d(
     group_out = out_channels // groups
     span = configs.group_span(group_in, group_out, groups)
     precision = dot_precision(x.dtype)
+    granule = configs.granule(span * group_in)
     tile = configs.choose(
         configs.kind(x.dtype, precision),
         samples=samples * (groups // span),
@@ -148,6 +149,8 @@ def plan_conv2d(
         columns=span * group_out,
         elastic_in=in_width is not None,
         elastic_out=out_width is not None,
+        through_registers=in_width is not None,
+        vectors=granule > 1,
         multiprocessors=multiprocessors(x.device),
     )
     tiles_m, tiles_n = -(-(out_h * out_w) // tile.block_m), -(-(span * group_out) // tile.block_n)
@@ -183,7 +186,7 @@ def plan_conv2d(
             "DILATION_W": dilation[1],
             "CHUNKS": groups // span,
             "SPAN": span,
-            "GRANULE": configs.granule(span * group_in),
+            "GRANULE": granule,
             "PRECISION": precision,
         },
         tile=tile,

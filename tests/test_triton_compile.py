@@ -1,0 +1,166 @@
+"""The kernels compiled for GPUs that need not be there: tensor cores used, shared memory within the limit, no spills.
+
+The compiles run in processes of their own, because TRITON_INTERPRET may be set in this one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from den_kernels.backends.triton import configs
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+ARCHS = (80, 89, 90)
+KINDS = {"half": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
+THROUGH_REGISTERS = ("conv2d", "first, pre-activation")
+CORE = ("conv2d", "first", "first, pre-activation", "last")
+
+
+class Job(NamedTuple):
+    """One kernel at one shape; `tile` None is what the heuristic picks there."""
+
+    arch: int
+    kind: str
+    kernel: str
+    samples: int = 256
+    channels: int = 64
+    size: int = 32
+    groups: int = 1
+    tile: configs.TileConfig | None = None
+
+
+class Outcome(NamedTuple):
+    job: Job
+    tile: configs.TileConfig
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    shared_limit: int
+    instruction: str
+    vector_copies: int
+
+
+def _start_worker() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+
+
+def _compile(job: Job) -> Outcome:
+    from den_kernels.backends.triton import offline
+
+    torch.set_float32_matmul_precision("high" if job.kind == "tf32" else "highest")
+    launches = offline.typical_launches(KINDS[job.kind], job.samples, job.channels, job.size, job.groups)
+    launch = launches[job.kernel] if job.tile is None else launches[job.kernel]._replace(tile=job.tile)
+    report = offline.compile_launch(launch, job.arch)
+    return Outcome(
+        job,
+        launch.tile,
+        report.registers,
+        report.spill_bytes,
+        report.shared_bytes,
+        offline.SHARED_LIMIT_KIB[job.arch] * 1024,
+        report.matrix_instruction,
+        report.vector_copies,
+    )
+
+
+@pytest.fixture(scope="module")
+def pool():
+    workers = min(os.cpu_count() or 1, 8)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as executor:
+        yield executor
+
+
+def _check(outcomes) -> None:
+    for outcome in outcomes:
+        job = outcome.job
+        # wgmma takes 64 rows at least; exact float32 has no tensor-core form.
+        hopper = job.arch >= 90 and outcome.tile.block_m >= 64
+        wanted = "fma" if job.kind == "fp32" else "wgmma" if hopper else "mma.sync"
+        assert outcome.instruction == wanted, outcome
+        assert outcome.shared_bytes <= outcome.shared_limit, outcome
+        assert outcome.spill_bytes == 0, outcome
+        # Loads stay asynchronous and 16 bytes wide: a mask that loses its alignment would show here.
+        if job.channels // job.groups % 16 == 0:
+            assert outcome.vector_copies > 0, outcome
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_wide_resnet_in_bf16(pool, arch):
+    stages = ((256, 64, 32), (256, 128, 16), (256, 256, 8), (1, 64, 32))
+    _check(pool.map(_compile, [Job(arch, "half", kernel, *stage) for stage in stages for kernel in CORE]))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_other_forms_of_the_kernels(pool, arch):
+    rest = ("conv2d, full", "inner", "last, pooled")
+    jobs = [Job(arch, "half", kernel) for kernel in rest]
+    jobs += [Job(arch, "half", kernel, channels=20) for kernel in CORE]
+    jobs += [Job(arch, "half", "inner", channels=256, groups=groups) for groups in (4, 32)]
+    _check(pool.map(_compile, jobs))
+
+
+@pytest.mark.parametrize("kind", ["fp32", "tf32"])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_float32(pool, arch, kind):
+    _check(pool.map(_compile, [Job(arch, kind, kernel, 256, 128, 16) for kernel in CORE]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_tile_that_the_heuristic_can_pick(pool, arch, kind):
+    jobs = [
+        Job(arch, kind, kernel, tile=tile)
+        for kernel in CORE
+        for tile in configs.tiles(kind, kernel in THROUGH_REGISTERS)
+    ]
+    _check(pool.map(_compile, jobs, chunksize=4))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_heuristic_stays_within_its_table(kind):
+    table = {passing: set(configs.tiles(kind, passing)) for passing in (False, True)}
+    for samples in (1, 8, 1024):
+        for rows in (1, 16, 49, 64, 1024, 12544):
+            for channels in (1, 3, 16, 24, 64, 200, 2048):
+                for elastic in (False, True):
+                    picked = configs.choose(
+                        kind,
+                        samples=samples,
+                        rows=rows,
+                        reduction=channels,
+                        columns=channels,
+                        elastic_in=elastic,
+                        elastic_out=elastic,
+                        through_registers=elastic,
+                        vectors=channels % 16 == 0,
+                        multiprocessors=132,
+                    )
+                    assert picked in table[elastic]
+
+
+def test_an_importer_without_triton_learns_why(monkeypatch):
+    from den_kernels.backends import triton as backend
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    backend.unavailable.cache_clear()
+    reason = backend.unavailable()
+    backend.unavailable.cache_clear()
+    assert "triton is not installed" in reason
+    assert "pip install" in reason
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes CPU tensors")
+def test_cpu_tensors_are_refused_outside_the_interpreter():
+    from den_kernels.backends import triton as backend
+
+    assert backend.rejects(torch.device("cpu"), torch.float32)
+    assert "float64" in backend.rejects(torch.device("cuda", 0), torch.float64)
