@@ -100,8 +100,8 @@ def _check_tensor(name: str, value: Any, floating: bool = True) -> None:
 
 def _check_conv(x: Tensor, weight: Tensor, bias: Tensor | None, padding, dilation, groups: int) -> None:
     if x.dim() != 4 or weight.dim() != 4:
-        name, value = ("x", x) if x.dim() != 4 else ("weight", weight)
-        raise ValueError(f"{name} has shape {tuple(value.shape)}; it must have 4 dimensions")
+        wrong, shape = ("x", x.shape) if x.dim() != 4 else ("weight", weight.shape)
+        raise ValueError(f"{wrong} has shape {tuple(shape)}; it must have 4 dimensions")
     for name, value in (("weight", weight), ("bias", bias)):
         if value is None:
             continue

@@ -31,6 +31,9 @@ class FusedResidualBlock(nn.Module):
         backend: "auto" or a name.
     """
 
+    pre_scale: Tensor | None
+    pre_shift: Tensor | None
+
     def __init__(
         self,
         weights: Sequence[Tensor],
@@ -74,7 +77,7 @@ class FusedResidualBlock(nn.Module):
             weights = [getattr(self, f"weight{i}") for i in range(count)]
             scales = [getattr(self, f"scale{i}")[set_index] for i in range(count)]
             shifts = [getattr(self, f"shift{i}")[set_index] for i in range(count)]
-            pre = (None, None) if self.pre_scale is None else (self.pre_scale[set_index], self.pre_shift[set_index])
+            pre = [None if table is None else table[set_index] for table in (self.pre_scale, self.pre_shift)]
             self._arguments[set_index] = (
                 *(self.widths, weights, scales, shifts, *pre),
                 *(self.kernel_sizes, self.strides, self.groups, self.relu, self.backend),

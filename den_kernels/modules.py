@@ -6,6 +6,7 @@ N samples, C channels, H W space, L levels, S sets of statistics.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +72,7 @@ class DENConv2d(nn.Conv2d):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         device=None,
         dtype=None,
         *,
@@ -130,7 +131,7 @@ class DENConv2d(nn.Conv2d):
             conv.dilation,  # type: ignore[arg-type]
             conv.groups,
             conv.bias is not None,
-            conv.padding_mode,
+            conv.padding_mode,  # type: ignore[arg-type]
             device="meta",
             dtype=conv.weight.dtype,
         )

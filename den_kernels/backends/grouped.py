@@ -39,7 +39,7 @@ def rejects(device: torch.device, dtype: torch.dtype) -> str | None:
 class _Chunk(NamedTuple):
     """Samples of equal widths, and the channels and groups that their convolution runs."""
 
-    index: Tensor
+    members: Tensor
     size: int
     inputs: int
     outputs: int
@@ -60,7 +60,7 @@ def _chunks(
     samples: dict[tuple[int, int], list[int]] = {}
     for i, key in enumerate(zip(reads, writes, strict=True)):
         samples.setdefault(key, []).append(i)
-    for (read, write), members in sorted(samples.items(), reverse=True):
+    for (read, write), alike in sorted(samples.items(), reverse=True):
         if write == 0:
             continue
         if groups == 1:
@@ -70,14 +70,14 @@ def _chunks(
             inputs, convolved = run * (channels // groups), run * (outputs // groups)
         if inputs == 0:
             convolved = 0
-        for start in range(0, len(members), size):
-            index = torch.tensor(members[start : start + size], device=x.device)
-            yield _Chunk(index, size, inputs, convolved, write, max(run, 1))
+        for start in range(0, len(alike), size):
+            members = torch.tensor(alike[start : start + size], device=x.device)
+            yield _Chunk(members, size, inputs, convolved, write, max(run, 1))
 
 
 def _gather(x: Tensor, chunk: _Chunk, channels: int) -> Tensor:
     """The chunk's samples and first `channels`, with zero samples up to the chunk's fixed size."""
-    part = x[:, :channels].index_select(0, chunk.index)
+    part = x[:, :channels].index_select(0, chunk.members)
     missing = chunk.size - part.shape[0]
     part = F.pad(part, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else part
     # The layout must not depend on the levels either: a slice of channels_last is neither layout until it is copied.
@@ -103,7 +103,7 @@ def conv2d(x, weight, bias, in_width, out_width, stride, padding, dilation, grou
     ]
     out = torch.zeros((x.shape[0], weight.shape[0], *size), dtype=x.dtype, device=x.device).to(memory_format=_layout(x))
     for chunk in _chunks(x, weight, in_width, out_width, groups):
-        count = chunk.index.shape[0]
+        count = chunk.members.shape[0]
         if chunk.outputs:
             shift = None if bias is None else bias[: chunk.outputs]
             y = F.conv2d(
@@ -115,10 +115,10 @@ def conv2d(x, weight, bias, in_width, out_width, stride, padding, dilation, grou
                 dilation,
                 chunk.groups,
             )
-            out[:, : chunk.outputs].index_copy_(0, chunk.index, y[:count])
+            out[:, : chunk.outputs].index_copy_(0, chunk.members, y[:count])
         if bias is not None and chunk.outputs < chunk.write:
             rest = bias[chunk.outputs : chunk.write].view(1, -1, 1, 1).expand(count, -1, *size)
-            out[:, chunk.outputs : chunk.write].index_copy_(0, chunk.index, rest)
+            out[:, chunk.outputs : chunk.write].index_copy_(0, chunk.members, rest)
     return out
 
 
@@ -130,7 +130,7 @@ def conv2d_backward(
     dw = torch.zeros_like(weight, memory_format=torch.contiguous_format) if output_mask[1] else x.new_empty(0)
     db = x.new_zeros(weight.shape[0]) if output_mask[2] else x.new_empty(0)
     for chunk in _chunks(x, weight, in_width, out_width, groups):
-        count = chunk.index.shape[0]
+        count = chunk.members.shape[0]
         grad_c = _gather(grad, chunk, chunk.write)
         if output_mask[2]:
             db[: chunk.write] += grad_c.sum((0, 2, 3))
@@ -150,7 +150,7 @@ def conv2d_backward(
             (output_mask[0], output_mask[1], False),
         )
         if output_mask[0]:
-            dx[:, : chunk.inputs].index_copy_(0, chunk.index, dx_c[:count])
+            dx[:, : chunk.inputs].index_copy_(0, chunk.members, dx_c[:count])
         if output_mask[1]:
             part = dw[: chunk.outputs, : chunk.inputs] if groups == 1 else dw[: chunk.outputs]
             part += dw_c

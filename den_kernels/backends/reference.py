@@ -32,10 +32,9 @@ def conv2d_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias (empty where `output_mask` is False), by autograd over the per-sample loop."""
     with torch.enable_grad():
-        leaves = [x.detach().requires_grad_(), weight.detach().requires_grad_()]
-        leaves.append(x.new_zeros(weight.shape[0]).requires_grad_())
-        y = conv2d(*leaves, in_width, out_width, stride, padding, dilation, groups)
-        grads = torch.autograd.grad(y, leaves, grad, materialize_grads=True, allow_unused=True)
+        x, weight, bias = (t.detach().requires_grad_() for t in (x, weight, x.new_zeros(weight.shape[0])))
+        y = conv2d(x, weight, bias, in_width, out_width, stride, padding, dilation, groups)
+        grads = torch.autograd.grad(y, (x, weight, bias), grad, materialize_grads=True, allow_unused=True)
     dx, dw, db = (g if wanted else x.new_empty(0) for g, wanted in zip(grads, output_mask, strict=True))
     return dx, dw, db
 

