@@ -27,7 +27,8 @@ POLICIES = {
     "selector": ("DEN, levels chosen by the selector", "*", 220, BLUE),
 }
 NARROWEST = 5.8  # inches
-RANGE = 30  # points of accuracy below the best that a picture shows
+RANGE = 30  # points of accuracy below the best at which a fixed path is still drawn
+MARGIN = 4  # points of accuracy left below the lowest policy
 STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -107,7 +108,9 @@ def accuracy_against_flops(
     """
     figure, axes = _panels(len(summary), width=5.2, height=4.2)
     for axis, (task, results) in zip(axes, summary.items(), strict=True):
-        floor = max(result["accuracy"] for result in results.values()) - RANGE
+        named = [result["accuracy"] for policy, result in results.items() if policy in POLICIES]
+        best = max(result["accuracy"] for result in results.values())
+        floor = min([best - RANGE, *(accuracy - MARGIN for accuracy in named)])
         _fixed_paths(axis, {name: result for name, result in results.items() if name not in POLICIES}, floor)
         for policy, (label, mark, size, colour) in POLICIES.items():
             if policy in results:
