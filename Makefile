@@ -21,7 +21,8 @@ test: $(STAMPS)/test
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 bench: $(STAMPS)/bench
-	$(BIN)/python -m pytest benchmarks/ --benchmark-only $(BENCH_ARGS)
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only \
+	  --benchmark-columns=median,iqr,rounds --benchmark-sort=fullname $(BENCH_ARGS)
 
 lint: $(STAMPS)/lint
 	$(BIN)/ruff format --check .

@@ -13,7 +13,7 @@ from benchmarks.engines import InProcess, assert_close, need_backend, take_turns
 from benchmarks.table import row
 
 BUDGET_S = {1: 0.3, 8: 0.4, 64: 1.0, 256: 4.0}
-CHECKED = 8
+CHECKED = 4
 
 
 class Weights:

@@ -15,7 +15,7 @@ from benchmarks.engines import InProcess, assert_close, need_backend, take_turns
 from benchmarks.table import row
 
 BUDGET_S = {1: 0.2, 8: 0.3, 64: 0.7, 256: 3.0}
-CHECKED = 8
+CHECKED = 4
 
 
 def widths(case: cases.ConvCase, level: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
