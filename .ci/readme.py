@@ -45,8 +45,9 @@ def tracked_files(root: Path) -> list[str]:
 
 
 def copy_tree(root: Path, to: Path) -> None:
-    """A copy that commands may write into."""
-    for name in tracked_files(root):
+    """A copy that commands may write into, with the extension as an editable install leaves it."""
+    built = [str(path.relative_to(root)) for path in root.glob("den_kernels/*.so")]
+    for name in (*tracked_files(root), *built):
         (to / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(root / name, to / name)
 
