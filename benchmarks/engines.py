@@ -87,7 +87,7 @@ def take_turns(benchmark: Any, subject: InProcess, others: Sequence[Engine], bud
     disabled the subject runs once and nothing is returned.
 
     Args:
-        budget_s: about how long to measure; at least `MIN_ROUNDS` rounds are done.
+        budget_s: about how long to measure; at least `MIN_ROUNDS` rounds, or 3 where those took over four times that.
     """
     if not benchmark.enabled:
         benchmark.pedantic(subject.result)
@@ -98,7 +98,9 @@ def take_turns(benchmark: Any, subject: InProcess, others: Sequence[Engine], bud
         raise ValueError(f"engines of one name: {[engine.name for engine in engines]}")
     calls = max(1, min(5, int(0.02 / first[subject.name])))
     turn = sum((calls + (seconds < SHORT_CALL_S)) * seconds for seconds in first.values())
-    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget_s / turn)))
+    # On a busy machine a turn takes several times as long; fewer rounds then, rather than an endless run.
+    least = MIN_ROUNDS if MIN_ROUNDS * turn < 4 * budget_s else 3
+    rounds = max(least, min(MAX_ROUNDS, int(budget_s / turn)))
     samples: dict[str, list[float]] = {engine.name: [] for engine in engines}
     done = 0
 

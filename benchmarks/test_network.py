@@ -10,7 +10,7 @@ from benchmarks.engines import Engine, assert_close, need_backend, take_turns
 from benchmarks.table import row
 
 # The other ways to run a DEN are shown where levels differ; elsewhere the dense engines are enough.
-WITH_PEERS = ("full", "uniform", "paper")
+WITH_PEERS = ("uniform", "paper")
 BUDGET_S = {1: 2.0, 8: 3.0, 64: 5.0, 256: 15.0}
 
 
@@ -36,7 +36,7 @@ def test_network(benchmark, request, rows, case: cases.ModelCase, backend: str, 
         elastic.append(networks.loop_engine(name, x, level_NB))
         elastic.append(networks.den_engine(name, x, level_NB, "grouped"))
         slim.append(networks.slim_engine(name, x, 2))
-    elif (level_NB == level_NB[0, 0]).all():
+    elif mix != "full" and (level_NB == level_NB[0, 0]).all():
         # A static network of these widths is this very function.
         elastic.append(networks.slim_engine(name, x, int(level_NB[0, 0])))
 
