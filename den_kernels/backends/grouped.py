@@ -1,9 +1,8 @@
-"""The portable backend: samples gathered by width, each group convolved with sliced weights in plain PyTorch.
+"""The portable backend: samples sorted by width, each group convolved with sliced weights in plain PyTorch.
 
 Runs on any device and dtype, forward and backward. Samples of one width go in chunks of a fixed size, the last one
-padded with zero samples. The size comes from the batch size alone, so that PyTorch's library sees the same shapes
-whatever the levels are: it builds its primitives once, and a sample's result cannot depend on how many batch mates
-share its width.
+filled up. The size comes from the batch size alone, so that PyTorch's library sees the same shapes whatever the levels
+are: it builds its primitives once, and a sample's result cannot depend on how many batch mates share its width.
 
 Reading the widths on the host makes this backend wait for a GPU; the `triton` backend does not.
 
@@ -12,7 +11,7 @@ N samples, C channels, H W space.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from typing import NamedTuple
 
 import torch
@@ -23,7 +22,7 @@ from den_kernels import reference
 from den_kernels.backends.checks import check_widths
 
 NAME = "grouped"
-CHUNKS_PER_BATCH = 16
+CHUNKS_PER_BATCH = 8
 
 
 def unavailable() -> str | None:
@@ -37,56 +36,68 @@ def rejects(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 class _Chunk(NamedTuple):
-    """Samples of equal widths, and the channels and groups that their convolution runs."""
+    """Rows of the sorted batch of equal widths, and the channels and groups that their convolution runs."""
 
-    members: Tensor
-    size: int
+    rows: slice
     inputs: int
     outputs: int
     write: int
     groups: int
 
 
-def _chunks(
-    x: Tensor, weight: Tensor, in_width: Tensor | None, out_width: Tensor | None, groups: int
-) -> Iterator[_Chunk]:
-    """Chunks of samples of equal (in_width, out_width), widest first; samples that produce nothing are left out."""
+class _Schedule(NamedTuple):
+    """The batch sorted by width, in whole chunks.
+
+    source [P]: the sample in each row of the sorted batch; padding [Q]: the rows that only fill up a chunk (they hold
+    one of its samples once more). row [N]: where each sample's result is; P, a row of zeros, for one that makes none.
+    """
+
+    chunks: list[_Chunk]
+    source: Tensor
+    padding: Tensor
+    row: Tensor
+
+
+def _schedule(x: Tensor, weight: Tensor, in_width: Tensor | None, out_width: Tensor | None, groups: int) -> _Schedule:
     n, channels, outputs = x.shape[0], x.shape[1], weight.shape[0]
     reads = [channels] * n if in_width is None else in_width.tolist()
     writes = [outputs] * n if out_width is None else out_width.tolist()
     check_widths("in_width", reads, channels, groups)
     check_widths("out_width", writes, outputs, groups)
     size = -(-n // CHUNKS_PER_BATCH)
-    samples: dict[tuple[int, int], list[int]] = {}
+    alike: dict[tuple[int, int], list[int]] = {}
     for i, key in enumerate(zip(reads, writes, strict=True)):
-        samples.setdefault(key, []).append(i)
-    for (read, write), alike in sorted(samples.items(), reverse=True):
+        alike.setdefault(key, []).append(i)
+    chunks: list[_Chunk] = []
+    source: list[int] = []
+    padding: list[int] = []
+    row = [-1] * n
+    for (read, write), samples in sorted(alike.items(), reverse=True):
         if write == 0:
             continue
-        if groups == 1:
-            run, inputs, convolved = 1, read, write
-        else:
-            run = min(read * groups // channels, write * groups // outputs)
-            inputs, convolved = run * (channels // groups), run * (outputs // groups)
-        if inputs == 0:
-            convolved = 0
-        for start in range(0, len(alike), size):
-            members = torch.tensor(alike[start : start + size], device=x.device)
-            yield _Chunk(members, size, inputs, convolved, write, max(run, 1))
-
-
-def _gather(x: Tensor, chunk: _Chunk, channels: int) -> Tensor:
-    """The chunk's samples and first `channels`, with zero samples up to the chunk's fixed size."""
-    part = x[:, :channels].index_select(0, chunk.members)
-    missing = chunk.size - part.shape[0]
-    part = F.pad(part, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else part
-    # The layout must not depend on the levels either: a slice of channels_last is neither layout until it is copied.
-    return part.contiguous(memory_format=_layout(x))
+        run = 1 if groups == 1 else min(read * groups // channels, write * groups // outputs)
+        inputs = read if groups == 1 else run * (channels // groups)
+        convolved = 0 if inputs == 0 else write if groups == 1 else run * (outputs // groups)
+        for i in samples:
+            row[i] = len(source)
+            source.append(i)
+        missing = -len(samples) % size
+        padding.extend(range(len(source), len(source) + missing))
+        source.extend(samples[:1] * missing)
+        first = len(source) - len(samples) - missing
+        for start in range(first, len(source), size):
+            chunks.append(_Chunk(slice(start, start + size), inputs, convolved, write, max(run, 1)))
+    row = [len(source) if r < 0 else r for r in row]
+    return _Schedule(chunks, *(torch.tensor(v, dtype=torch.long, device=x.device) for v in (source, padding, row)))
 
 
 def _layout(x: Tensor) -> torch.memory_format:
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _zeros(rows: int, like: Tensor, shape: tuple[int, ...], layout: torch.memory_format) -> Tensor:
+    return torch.zeros((rows, *shape), dtype=like.dtype, device=like.device).contiguous(memory_format=layout)
 
 
 def _kernel(weight: Tensor, chunk: _Chunk, groups: int) -> Tensor:
@@ -95,50 +106,47 @@ def _kernel(weight: Tensor, chunk: _Chunk, groups: int) -> Tensor:
 
 
 def conv2d(x, weight, bias, in_width, out_width, stride, padding, dilation, groups) -> Tensor:
-    """The primitive: one library convolution a chunk, scattered into a zeroed output."""
+    """The primitive: one library convolution a chunk of the sorted batch."""
     if in_width is None and out_width is None:
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    size = [
+    size = tuple(
         (x.shape[2 + d] + 2 * padding[d] - dilation[d] * (weight.shape[2 + d] - 1) - 1) // stride[d] + 1 for d in (0, 1)
-    ]
-    out = torch.zeros((x.shape[0], weight.shape[0], *size), dtype=x.dtype, device=x.device).to(memory_format=_layout(x))
-    for chunk in _chunks(x, weight, in_width, out_width, groups):
-        count = chunk.members.shape[0]
+    )
+    layout = _layout(x)
+    schedule = _schedule(x, weight, in_width, out_width, groups)
+    x_sorted = x.index_select(0, schedule.source)
+    out_sorted = _zeros(len(x_sorted) + 1, x, (weight.shape[0], *size), layout)
+    for chunk in schedule.chunks:
         if chunk.outputs:
             shift = None if bias is None else bias[: chunk.outputs]
-            y = F.conv2d(
-                _gather(x, chunk, chunk.inputs),
-                _kernel(weight, chunk, groups),
-                shift,
-                stride,
-                padding,
-                dilation,
-                chunk.groups,
-            )
-            out[:, : chunk.outputs].index_copy_(0, chunk.members, y[:count])
+            part = x_sorted[chunk.rows, : chunk.inputs].contiguous(memory_format=layout)
+            y = F.conv2d(part, _kernel(weight, chunk, groups), shift, stride, padding, dilation, chunk.groups)
+            out_sorted[chunk.rows, : chunk.outputs] = y
         if bias is not None and chunk.outputs < chunk.write:
-            rest = bias[chunk.outputs : chunk.write].view(1, -1, 1, 1).expand(count, -1, *size)
-            out[:, chunk.outputs : chunk.write].index_copy_(0, chunk.members, rest)
-    return out
+            out_sorted[chunk.rows, chunk.outputs : chunk.write] = bias[chunk.outputs : chunk.write].view(1, -1, 1, 1)
+    return out_sorted.index_select(0, schedule.row)
 
 
 def conv2d_backward(
     grad, x, weight, in_width, out_width, stride, padding, dilation, groups, output_mask
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias (empty where `output_mask` is False); what no sample ran is exactly 0."""
-    dx = torch.zeros_like(x) if output_mask[0] else x.new_empty(0)
+    layout = _layout(x)
+    schedule = _schedule(x, weight, in_width, out_width, groups)
+    x_sorted = x.index_select(0, schedule.source)
+    # Rows that only fill up a chunk add nothing to the gradients of the weights.
+    grad_sorted = grad.index_select(0, schedule.source).index_fill_(0, schedule.padding, 0)
+    dx_sorted = _zeros(len(x_sorted) + 1, x, tuple(x.shape[1:]), layout) if output_mask[0] else x.new_empty(0)
     dw = torch.zeros_like(weight, memory_format=torch.contiguous_format) if output_mask[1] else x.new_empty(0)
     db = x.new_zeros(weight.shape[0]) if output_mask[2] else x.new_empty(0)
-    for chunk in _chunks(x, weight, in_width, out_width, groups):
-        count = chunk.members.shape[0]
-        grad_c = _gather(grad, chunk, chunk.write)
+    for chunk in schedule.chunks:
         if output_mask[2]:
-            db[: chunk.write] += grad_c.sum((0, 2, 3))
+            db[: chunk.write] += grad_sorted[chunk.rows, : chunk.write].sum((0, 2, 3))
         if not chunk.outputs or not (output_mask[0] or output_mask[1]):
             continue
-        dx_c, dw_c, _ = torch.ops.aten.convolution_backward(
-            grad_c[:, : chunk.outputs].contiguous(memory_format=_layout(grad)),
-            _gather(x, chunk, chunk.inputs),
+        dx_part, dw_part, _ = torch.ops.aten.convolution_backward(
+            grad_sorted[chunk.rows, : chunk.outputs].contiguous(memory_format=layout),
+            x_sorted[chunk.rows, : chunk.inputs].contiguous(memory_format=layout),
             _kernel(weight, chunk, groups),
             None,
             stride,
@@ -150,10 +158,10 @@ def conv2d_backward(
             (output_mask[0], output_mask[1], False),
         )
         if output_mask[0]:
-            dx[:, : chunk.inputs].index_copy_(0, chunk.members, dx_c[:count])
+            dx_sorted[chunk.rows, : chunk.inputs] = dx_part
         if output_mask[1]:
-            part = dw[: chunk.outputs, : chunk.inputs] if groups == 1 else dw[: chunk.outputs]
-            part += dw_c
+            (dw[: chunk.outputs, : chunk.inputs] if groups == 1 else dw[: chunk.outputs]).add_(dw_part)
+    dx = dx_sorted.index_select(0, schedule.row) if output_mask[0] else dx_sorted
     return dx, dw, db
 
 
@@ -203,10 +211,7 @@ def residual_block(
         h = h * scale[i][level][:, :, None, None] + shift[i][level][:, :, None, None]
         if i < last:
             h = F.relu(h).to(x.dtype)
-    total_stride = 1
-    for step in stride:
-        total_stride *= step
-    residual = reference.shortcut(x, scale[last].shape[1], total_stride)
+    residual = reference.shortcut(x, scale[last].shape[1], math.prod(stride))
     result = residual + h
     result = F.relu(result) if relu else result
     out.copy_(torch.where((width > 0).view(-1, 1, 1, 1), result, residual))
