@@ -36,6 +36,8 @@ class EstimatorConfig:
     """Epochs without progress that count as convergence; 0 runs the epochs given."""
     levels: Literal["sample", "argmax"] = "sample"
     """Later stages: paths sampled from the selector (the paper) or its argmax (the authors' code)."""
+    settle_epochs: int = 0
+    """Epochs on the final selector's paths, after the last stage. 0 is the paper, which ends on a selector phase."""
     full_share: float = 0.0
     """Later stages: share of each batch kept at the full path; equation 8's reason, held on to. 0 is the paper."""
 
@@ -117,6 +119,7 @@ class TrainConfig:
             ("estimator.decays", e.decays, e.decays >= 0, "at least 0"),
             ("estimator.patience", e.patience, e.patience >= 0, "at least 0"),
             ("estimator.levels", e.levels, e.levels in ("sample", "argmax"), "sample or argmax"),
+            ("estimator.settle_epochs", e.settle_epochs, e.settle_epochs >= 0, "at least 0"),
             ("estimator.full_share", e.full_share, 0 <= e.full_share <= 1, "between 0 and 1"),
             ("selector.lr", s.lr, s.lr > 0, "above 0"),
             ("selector.epochs", s.epochs, s.epochs >= 0, "at least 0"),

@@ -117,7 +117,7 @@ class Trainer:
             self.folder.prepare(self._describe(), resume=config.resume)
             if config.resume and self.folder.has_checkpoint:
                 self._restore(self.folder)
-        while position.stage < config.stages:
+        while position.stage < self._stages:
             self._phase()
             if position.phase == "estimator":
                 position.phase = "selector"
@@ -150,11 +150,17 @@ class Trainer:
             if settings.patience and position.stale >= settings.patience:
                 break
 
+    @property
+    def _stages(self) -> int:
+        """Stages of Algorithm 1, and one more, without a selector phase, where the estimator settles."""
+        return self.config.stages + (self.config.estimator.settle_epochs > 0)
+
     def _epochs(self) -> int:
-        estimator = self.config.estimator
+        estimator, stage = self.config.estimator, self.position.stage
+        settling = stage == self.config.stages
         if self.position.phase == "selector":
-            return self.config.selector.epochs
-        return estimator.first_epochs if self.position.stage == 0 else estimator.epochs
+            return 0 if settling else self.config.selector.epochs
+        return estimator.settle_epochs if settling else estimator.epochs if stage else estimator.first_epochs
 
     def _learning_rate(self, step: int, steps: int) -> float:
         """Rate at one step of the current epoch."""
@@ -175,7 +181,7 @@ class Trainer:
         streams = [b.forever() for b in batches]
         position = self.position
         optimizer = self.estimator_optimizer if position.phase == "estimator" else self.selector_optimizer
-        stage, epoch = f"{position.stage + 1}/{self.config.stages}", f"{position.epoch + 1}/{self._epochs()}"
+        stage, epoch = f"{position.stage + 1}/{self._stages}", f"{position.epoch + 1}/{self._epochs()}"
         label = f"stage {stage}, {position.phase}, epoch {epoch}"
         hidden = None if self.config.progress and self.fabric.is_global_zero else True
         for step in tqdm(range(steps), desc=label, leave=False, disable=hidden):

@@ -41,14 +41,16 @@ class Recipe:
 def demo(out: Path) -> Recipe:
     """A WRN of 14 layers, 28x28 images entering at 14x14; three minutes on two CPU cores."""
     return Recipe(
-        tasks={"digits": {"dataset": "digits"}, "mnist": {"dataset": "mnist_subset"}},
-        model={"name": "wrn_14_2", "ratios": (0, 0.25, 0.5, 1), "selector": "light", "base_size": 14},
+        tasks={"digits": {"dataset": "digits"}, "mnist": {"dataset": "mnist_subset", "subset": 3000}},
+        model={"name": "wrn_14_2", "selector": "light", "base_size": 14, "task_norm": "per_task"},
         train=TrainConfig(
-            rho=0.1,
+            rho=1.2,
             stages=2,
-            batch_size=128,
-            estimator=EstimatorConfig(first_epochs=6, epochs=3, schedule="cosine", decay=0.3, full_share=0.25),
-            selector=SelectorConfig(lr=2e-3, epochs=3, paths=4, baseline="leave_one_out", epsilon_decay=0.9, decay=0.5),
+            batch_size=64,
+            estimator=EstimatorConfig(
+                first_epochs=2, epochs=2, settle_epochs=2, schedule="cosine", decay=0.5, full_share=0.2
+            ),
+            selector=SelectorConfig(lr=3e-3, epochs=3, paths=4, baseline="leave_one_out", epsilon_decay=0.9, decay=0.6),
             out=out / "den",
         ),
     )
@@ -57,12 +59,13 @@ def demo(out: Path) -> Recipe:
 def dense_twin(recipe: Recipe, out: Path) -> Recipe:
     """The backbone alone, trained alike: always the full path, no selector, as many epochs of the estimator."""
     train = recipe.train
-    epochs = train.estimator.first_epochs + (train.stages - 1) * train.estimator.epochs
+    estimator = train.estimator
+    epochs = estimator.first_epochs + (train.stages - 1) * estimator.epochs + estimator.settle_epochs
     twin = replace(
         train,
         tau=1.0,
         stages=1,
-        estimator=replace(train.estimator, first_epochs=epochs),
+        estimator=replace(estimator, first_epochs=epochs, settle_epochs=0),
         selector=replace(train.selector, epochs=0),
         out=out / "dense",
     )

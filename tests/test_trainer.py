@@ -66,6 +66,19 @@ def test_run_folder_holds_the_run(digits: Task, tmp_path: Path) -> None:
     assert torch.equal(weights(loaded), weights(model))
 
 
+def test_estimator_settles_after_the_last_stage(digits: Task, tmp_path: Path) -> None:
+    config = small_config(tmp_path, stages=1)
+    config.estimator.settle_epochs = 2
+    Trainer(small_model(), [digits], config).fit()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["stage"], r["phase"]) for r in records[-3:]] == [(0, "selector"), (1, "estimator"), (1, "estimator")]
+    assert records[-1]["cost"] < 1
+    assert Trainer(
+        small_model(), [digits], small_config(tmp_path, stages=1, resume=True, estimator=config.estimator)
+    ).fit()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == len(records)
+
+
 def test_killed_run_resumes_to_the_same_numbers(digits: Task, tmp_path: Path, monkeypatch) -> None:
     whole = small_model()
     expected = Trainer(whole, [digits], small_config(tmp_path / "whole")).fit()

@@ -50,6 +50,8 @@ class Train:
     networks."""
     in_channels: Literal[1, 3] = 3
     """Channels of the images that the model gets: grey is repeated, or colour made grey."""
+    base_size: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """Image size that the network runs at: larger images enter through a strided stem; None: the family's, 32."""
     bn: Literal["per_level", "shared"] = "per_level"
     """Statistics of a batch norm behind an elastic input: one set a level, or one."""
     selector: Literal["paper", "light"] = "paper"
@@ -101,6 +103,7 @@ class Train:
                 bn=self.bn,
                 selector=self.selector,
                 task_norm=self.task_norm,
+                base_size="default" if self.base_size is None else self.base_size,
             )
             try:
                 trainer = Trainer(
