@@ -181,8 +181,9 @@ class Trainer:
         streams = [b.forever() for b in batches]
         position = self.position
         optimizer = self.estimator_optimizer if position.phase == "estimator" else self.selector_optimizer
-        stage, epoch = f"{position.stage + 1}/{self._stages}", f"{position.epoch + 1}/{self._epochs()}"
-        label = f"stage {stage}, {position.phase}, epoch {epoch}"
+        settling = position.stage == self.config.stages
+        stage = "settling" if settling else f"stage {position.stage + 1}/{self.config.stages}"
+        label = f"{stage}, {position.phase}, epoch {position.epoch + 1}/{self._epochs()}"
         hidden = None if self.config.progress and self.fabric.is_global_zero else True
         for step in tqdm(range(steps), desc=label, leave=False, disable=hidden):
             for group in optimizer.param_groups:

@@ -137,7 +137,8 @@ class Train:
         }
 
     def _epoch(self, record: dict[str, Any]) -> None:
-        stage = f"stage {record['stage'] + 1}/{self.config.stages}"
+        settling = record["stage"] == self.config.stages
+        stage = "settling" if settling else f"stage {record['stage'] + 1}/{self.config.stages}"
         values = [f"{key} {record[key]:.4g}" for key in ("loss", "accuracy", "cost", "entropy") if key in record]
         log(f"{stage}, {record['phase']}, epoch {record['epoch'] + 1}: {', '.join(values)}, {record['seconds']:.1f} s")
 
