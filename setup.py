@@ -14,6 +14,8 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
+        # A process that has the old file mapped keeps it: written over in place, it would crash.
+        target.unlink(missing_ok=True)
         subprocess.run(
             [
                 *("cmake", "-S", str(Path(__file__).parent.resolve()), "-B", str(build), "-G", "Ninja"),

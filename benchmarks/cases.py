@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from den.timing import PAPER_COST, even_shares, spread
+
 RATIOS = (0.0, 0.25, 0.5, 1.0)
 BATCHES = (1, 8, 64, 256)
 TASK = {"cifar100": 100}
@@ -39,7 +41,7 @@ class Mix:
     def probabilities(self, ratios: Sequence[float] = RATIOS) -> list[float]:
         """Share of each level, L numbers that sum to 1."""
         if self.mean_cost is not None:
-            return max_entropy(ratios, self.mean_cost)
+            return even_shares(ratios, self.mean_cost)
         if self.shares is None:
             return [1 / len(ratios)] * len(ratios)
         if len(self.shares) != len(ratios):
@@ -48,33 +50,7 @@ class Mix:
 
     def levels(self, batch: int, blocks: int, ratios: Sequence[float] = RATIOS, seed: int = 0) -> Tensor:
         """Levels int64 [N, B]: the shares met as exactly as whole slots allow, in random order."""
-        slots = batch * blocks
-        exact = [p * slots for p in self.probabilities(ratios)]
-        counts = [math.floor(value + 1e-9) for value in exact]
-        by_remainder = sorted(range(len(exact)), key=lambda l: counts[l] - exact[l])
-        for l in by_remainder[: slots - sum(counts)]:
-            counts[l] += 1
-        flat = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-        order = torch.randperm(slots, generator=torch.Generator().manual_seed(seed))
-        return flat[order].view(batch, blocks)
-
-
-def max_entropy(costs: Sequence[float], mean: float) -> list[float]:
-    """The most even distribution over levels of these costs with this mean: p proportional to exp(t * cost)."""
-    if not min(costs) < mean < max(costs):
-        raise ValueError(f"mean is {mean}; it must lie between {min(costs)} and {max(costs)}")
-    low, high = -100.0, 100.0
-    p: list[float] = []
-    for _ in range(100):
-        t = (low + high) / 2
-        top = max(t * c for c in costs)
-        p = [math.exp(t * c - top) for c in costs]
-        p = [value / sum(p) for value in p]
-        if sum(a * c for a, c in zip(p, costs, strict=True)) < mean:
-            low = t
-        else:
-            high = t
-    return p
+        return spread(self.probabilities(ratios), batch, blocks, seed)
 
 
 def single(level: int, name: str | None = None, meaning: str | None = None) -> Mix:
@@ -85,7 +61,7 @@ def single(level: int, name: str | None = None, meaning: str | None = None) -> M
 
 FULL = single(3, "full", "every block at its top level: no FLOP saved")
 UNIFORM = Mix("uniform", "every level equally often")
-PAPER = Mix("paper", "mean cost 0.53, as in Table 2b of the paper", mean_cost=0.53)
+PAPER = Mix("paper", "mean cost 0.53, as in Table 2b of the paper", mean_cost=PAPER_COST)
 SKIP = single(0, "skip", "every block left out")
 TOP1 = Mix("top1-of-4", "one in four at the top level, the rest left out", (0.75, 0.0, 0.0, 0.25))
 MIXES = {mix.name: mix for mix in (FULL, UNIFORM, PAPER, TOP1, single(2), single(1), SKIP)}

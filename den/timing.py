@@ -89,7 +89,11 @@ def level_mix(name: str, num_samples: int, ratios: Sequence[float], num_blocks: 
         lowest; or the number of a level.
     ratios: of the hierarchy, L numbers. Raises ValueError for another name.
     """
-    shares = _shares(name, ratios)
+    return spread(_shares(name, ratios), num_samples, num_blocks, seed)
+
+
+def spread(shares: Sequence[float], num_samples: int, num_blocks: int, seed: int = 0) -> Tensor:
+    """Levels int64 [N, B] with these shares of each level, met as exactly as whole slots allow, in random order."""
     slots = num_samples * num_blocks
     exact = [share * slots for share in shares]
     counts = [math.floor(value + 1e-9) for value in exact]
@@ -112,14 +116,14 @@ def _shares(name: str, ratios: Sequence[float]) -> list[float]:
     if name == "top1-of-4":
         return [1.0] if count == 1 else [0.75, *[0.0] * (count - 2), 0.25]
     if name == "paper":
-        return _most_even(ratios, PAPER_COST)
+        return even_shares(ratios, PAPER_COST)
     raise ValueError(f"mix is {name!r}; it must be one of {', '.join(MIXES)}, or a level from 0 to {count - 1}")
 
 
-def _most_even(costs: Sequence[float], mean: float) -> list[float]:
+def even_shares(costs: Sequence[float], mean: float) -> list[float]:
     """The most even shares of levels whose mean cost is `mean`: proportional to exp(t * cost), t found by bisection."""
     if not costs[0] < mean < costs[-1]:
-        raise ValueError(f"mix 'paper' has mean cost {mean}; these levels' costs run from {costs[0]} to {costs[-1]}")
+        raise ValueError(f"mean is {mean}; it must lie between {costs[0]} and {costs[-1]}, the costs of the levels")
     low, high = -100.0, 100.0
     for _ in range(100):
         t = (low + high) / 2

@@ -49,7 +49,7 @@ def test_the_paper_mix_has_the_papers_mean_cost(ratios):
 def test_unknown_mix():
     with pytest.raises(ValueError, match="mix is '4'; it must be one of selector, full"):
         timing.level_mix("4", 1, RATIOS, 3)
-    with pytest.raises(ValueError, match=r"mean cost 0.53; these levels' costs run from 0.75 to 1"):
+    with pytest.raises(ValueError, match=r"mean is 0\.53; it must lie between 0\.75 and 1"):
         timing.level_mix("paper", 1, (0.75, 1), 3)
 
 
