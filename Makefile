@@ -15,7 +15,7 @@ SOURCES := pyproject.toml $(wildcard setup.py CMakeLists.txt MANIFEST.in) $(shel
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/demo
-	$(BIN)/python -m recipes.demo
+	$(BIN)/python -m recipes.demo --overwrite
 
 test: $(STAMPS)/test
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)

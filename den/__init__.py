@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from den.freeze import FrozenDEN, freeze
     from den.hierarchy import Hierarchy
     from den.model import DEN, DENOutput, create_model
+    from den.tasks import Task, load_task, make_task
     from den.trainer import TrainConfig, Trainer
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
     "DENOutput",
     "FrozenDEN",
     "Hierarchy",
+    "Task",
     "TrainConfig",
     "Trainer",
     "cost_ratios",
@@ -37,6 +39,8 @@ __all__ = [
     "freeze",
     "list_models",
     "load",
+    "load_task",
+    "make_task",
     "save",
 ]
 
@@ -45,6 +49,7 @@ _HOME = {
     "DENOutput": "model",
     "FrozenDEN": "freeze",
     "Hierarchy": "hierarchy",
+    "Task": "tasks",
     "TrainConfig": "config",
     "Trainer": "trainer",
     "cost_ratios": "flops",
@@ -55,6 +60,8 @@ _HOME = {
     "freeze": "freeze",
     "list_models": "backbones",
     "load": "checkpoint",
+    "load_task": "tasks",
+    "make_task": "tasks",
     "save": "checkpoint",
 }
 
