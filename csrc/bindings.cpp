@@ -11,6 +11,7 @@
 #include "dispatch.h"
 #include "pack.h"
 #include "residual_block.h"
+#include "winograd.h"
 
 namespace py = pybind11;
 
@@ -103,7 +104,7 @@ void conv2d(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::u
 void residual_block(std::uintptr_t x, std::uintptr_t out, std::uintptr_t level, std::uintptr_t order,
                     std::uintptr_t widths, const Addresses& weight, const Addresses& scale, const Addresses& shift,
                     std::uintptr_t pre_scale, std::uintptr_t pre_shift, const Ints& sizes, const Ints& kernel,
-                    const Ints& stride, const Ints& groups, bool relu, int threads) {
+                    const Ints& stride, const Ints& groups, const Ints& winograd, bool relu, int threads) {
     if (sizes.size() != 7) fail("sizes must hold 7 integers");
     den::ResidualBlock block{};
     block.x = at<const float>(x);
@@ -115,11 +116,13 @@ void residual_block(std::uintptr_t x, std::uintptr_t out, std::uintptr_t level, 
     block.order = at<const int>(order);
     block.widths = at<const int>(widths);
     const std::size_t k = weight.size();
-    if (scale.size() != k || shift.size() != k || kernel.size() != k || stride.size() != k || groups.size() != k)
-        fail("weight, scale, shift, kernel_size, stride and groups must have one entry a convolution");
+    if (scale.size() != k || shift.size() != k || kernel.size() != k || stride.size() != k || groups.size() != k ||
+        winograd.size() != k)
+        fail("weight, scale, shift, kernel_size, stride, groups and winograd must have one entry a convolution");
     for (std::size_t i = 0; i < k; ++i)
         block.convs.push_back({at<const float>(weight[i]), at<const float>(scale[i]), at<const float>(shift[i]),
-                               i + 1 < k ? hidden : out_channels, kernel[i], stride[i], groups[i]});
+                               i + 1 < k ? hidden : out_channels, kernel[i], stride[i], groups[i],
+                               winograd[i]});
     block.pre_scale = at<const float>(pre_scale);
     block.pre_shift = at<const float>(pre_shift);
     block.relu = relu;
@@ -135,6 +138,11 @@ void pack_weight(std::uintptr_t weight, std::uintptr_t packed, int out_channels,
     den::pack_weight(at<const float>(weight), out_channels, group_in, taps, groups, threads, at<float>(packed));
 }
 
+void winograd_pack(int tile, std::uintptr_t weight, std::uintptr_t packed, int out_channels, int in_channels, int threads) {
+    py::gil_scoped_release release;
+    den::winograd_pack(tile, at<const float>(weight), out_channels, in_channels, threads, at<float>(packed));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -144,6 +152,9 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("pack_weight", &pack_weight);
     m.def("packed_floats", &den::packed_floats, py::arg("out_channels"), py::arg("group_in"), py::arg("taps"),
           py::arg("groups"));
+    m.def("winograd_pack", &winograd_pack);
+    m.def("winograd_packed_floats", &den::winograd_packed_floats, py::arg("tile"), py::arg("out_channels"),
+          py::arg("in_channels"));
     m.def("supported_isas", &den::supported_isas, "Instruction sets that this machine runs, best first.");
     m.def("set_isa", &den::set_isa, py::arg("name"),
           "Use the kernels of this instruction set; returns the name of those used before.");

@@ -4,10 +4,10 @@
 
 namespace den {
 
-BlockedMap::BlockedMap(const ConvShape& conv) : conv_(conv) {
-    const int columns = conv.width + 2 * conv.padding.x, phases = conv.stride.x;
+BlockedMap::BlockedMap(const ConvShape& conv, Pair slack) : conv_(conv), slack_(slack) {
+    const int columns = conv.width + 2 * conv.padding.x + slack.x, phases = conv.stride.x;
     const std::ptrdiff_t phase_pitch = std::ptrdiff_t(ceil_div(columns, phases)) * kBlock;
-    rows_ = conv.height + 2 * conv.padding.y;
+    rows_ = conv.height + 2 * conv.padding.y + slack.y;
     row_pitch_ = phases * phase_pitch;
     block_pitch_ = rows_ * row_pitch_;
     floats_ = std::size_t(ceil_div(conv.in_channels, kBlock)) * block_pitch_;
@@ -30,15 +30,16 @@ BlockedMap::BlockedMap(const ConvShape& conv) : conv_(conv) {
 
 void BlockedMap::zero_border(float* map, int channels) const {
     const int top = conv_.padding.y, left = conv_.padding.x, columns = int(columns_.size());
+    const int bottom = top + slack_.y, right = left + slack_.x;
     for (int block = 0; block < ceil_div(channels, kBlock); ++block) {
         float* base = map + block * block_pitch_;
         std::fill_n(base, top * row_pitch_, 0.0f);
-        std::fill_n(base + (rows_ - top) * row_pitch_, top * row_pitch_, 0.0f);
-        for (int row = top; row < rows_ - top; ++row)
-            for (int i = 0; i < left; ++i) {
-                std::fill_n(base + row * row_pitch_ + columns_[i], kBlock, 0.0f);
-                std::fill_n(base + row * row_pitch_ + columns_[columns - 1 - i], kBlock, 0.0f);
-            }
+        std::fill_n(base + (rows_ - bottom) * row_pitch_, bottom * row_pitch_, 0.0f);
+        for (int row = top; row < rows_ - bottom; ++row) {
+            float* line = base + row * row_pitch_;
+            for (int i = 0; i < left; ++i) std::fill_n(line + columns_[i], kBlock, 0.0f);
+            for (int i = 0; i < right; ++i) std::fill_n(line + columns_[columns - 1 - i], kBlock, 0.0f);
+        }
     }
 }
 

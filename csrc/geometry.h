@@ -36,7 +36,8 @@ struct ConvShape {
 // The zero-padded blocked map that a convolution reads (see kernels.h), without its memory.
 class BlockedMap {
 public:
-    explicit BlockedMap(const ConvShape& conv);
+    // `slack`: rows and columns of zeros behind the padding, for tiles that reach beyond the map.
+    explicit BlockedMap(const ConvShape& conv, Pair slack = {0, 0});
 
     std::size_t floats() const { return floats_; }
     const ConvShape& conv() const { return conv_; }
@@ -60,6 +61,7 @@ public:
 
 private:
     ConvShape conv_;
+    Pair slack_;
     int rows_;
     std::ptrdiff_t row_pitch_, block_pitch_;
     std::size_t floats_;

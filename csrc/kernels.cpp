@@ -153,7 +153,9 @@ void load(const den::MapLoad& load, int row0, int row1) {
 
 namespace den {
 
+extern const WinogradKernels DEN_CONCAT(winograd_, DEN_ISA_NAME);
 extern const Kernels DEN_CONCAT(kernels_, DEN_ISA_NAME);
-const Kernels DEN_CONCAT(kernels_, DEN_ISA_NAME) = {DEN_STRING(DEN_ISA_NAME), conv, load};
+const Kernels DEN_CONCAT(kernels_, DEN_ISA_NAME) = {DEN_STRING(DEN_ISA_NAME), conv, load,
+                                                    &DEN_CONCAT(winograd_, DEN_ISA_NAME)};
 
 }  // namespace den

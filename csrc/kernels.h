@@ -49,11 +49,14 @@ struct MapLoad {
     const char* row_read;           // 0: no tap reads this row
 };
 
+struct WinogradKernels;  // winograd.h
+
 struct Kernels {
     const char* name;
     // Output rows [row0, row1) of output blocks [unit0, unit1); a unit is one block of 16 output channels of a group.
     void (*conv)(const ConvPass& pass, int unit0, int unit1, int row0, int row1);
     void (*load)(const MapLoad& load, int row0, int row1);
+    const WinogradKernels* winograd;
 };
 
 }  // namespace den

@@ -6,10 +6,11 @@
 namespace den {
 
 struct BlockConv {
-    const float* weight;  // packed (pack.h)
+    const float* weight;  // packed (pack.h, or winograd.h where winograd is set)
     const float* scale;   // [levels, out_channels]
     const float* shift;   // [levels, out_channels]
     int out_channels, kernel, stride, groups;
+    int winograd;  // outputs a side of its tiles (3x3, stride 1, one group), or 0: direct
 };
 
 // out = shortcut(x) + conv_k(... relu(conv_1(h))), h = x or relu(pre_scale * x + pre_shift); each convolution is followed

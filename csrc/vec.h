@@ -21,6 +21,7 @@ struct Vec16 {
     static Reg broadcast(const float* p) { return _mm512_set1_ps(*p); }
     static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
     static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
+    static Reg sub(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
     // max(low, a). maxps returns its second operand when one is NaN, so a NaN survives as it does in torch.relu.
     static Reg at_least(Reg low, Reg a) { return _mm512_max_ps(low, a); }
 };
@@ -37,6 +38,7 @@ struct Vec8 {
     static Reg broadcast(const float* p) { return _mm256_broadcast_ss(p); }
     static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
     static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
+    static Reg sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
     static Reg at_least(Reg low, Reg a) { return _mm256_max_ps(low, a); }
 };
 
@@ -56,6 +58,7 @@ struct Vec4 {
     static Reg broadcast(const float* p) { return Reg{*p, *p, *p, *p}; }
     static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
     static Reg add(Reg a, Reg b) { return a + b; }
+    static Reg sub(Reg a, Reg b) { return a - b; }
     static Reg at_least(Reg low, Reg a) {
         typedef int Mask __attribute__((vector_size(16)));
         const Mask below = (Mask)(a < low);  // false for NaN, which is kept

@@ -142,15 +142,54 @@ def conv2d_backward(
     return grouped.conv2d_backward(grad, x, weight, in_width, out_width, stride, padding, dilation, groups, output_mask)
 
 
-def pack_weight(weight: Tensor, groups: int) -> Tensor:
-    """Weights [C_out, C_in/groups, K, K] float32 as `residual_block` reads them: a flat tensor (csrc/pack.h)."""
+# Fewer tiles than these leave the transformed weights, read once a call, as the larger traffic: F(2x2)'s are less than
+# half of F(4x4)'s, and both are only worth telling apart where they outgrow the cache.
+FEW_TILES = 16
+LARGE_WEIGHTS = 256 * 128
+
+
+def winograd_tile(weight: Tensor, stride: int, groups: int, few: bool) -> int:
+    """Outputs a side of the Winograd tiles that a convolution is computed with; 0: directly.
+
+    weight: [C_out, C_in, K, K]. few: whether the batch has fewer than `FEW_TILES` tiles of 4x4 outputs. Decided by
+    shape and batch size alone, so that a sample's result does not depend on its batch mates.
+    """
+    C_out, C_in, *kernel = weight.shape
+    if kernel != [3, 3] or stride != 1 or groups != 1 or min(C_out, C_in) < 8:
+        return 0
+    return 2 if few and C_out * C_in >= LARGE_WEIGHTS else 4
+
+
+def pack_weight(weight: Tensor, groups: int, winograd: int = 0) -> Tensor:
+    """Weights [C_out, C_in/groups, K, K] float32 as `residual_block` reads them: a flat tensor.
+
+    winograd: 2 or 4 transforms them for tiles of that many outputs a side (csrc/winograd.h); 0: csrc/pack.h. The sizes
+    differ, which is how `residual_block` knows.
+    """
     extension = _extension()
     weight = weight.detach().contiguous()
     C_out, group_in, *kernel = weight.shape
+    threads = torch.get_num_threads()
+    if winograd:
+        packed = torch.empty(extension.winograd_packed_floats(winograd, C_out, group_in), dtype=torch.float32)
+        extension.winograd_pack(winograd, weight.data_ptr(), packed.data_ptr(), C_out, group_in, threads)
+        return packed
     taps = kernel[0] * kernel[1]
     packed = torch.empty(extension.packed_floats(C_out, group_in, taps, groups), dtype=torch.float32)
-    extension.pack_weight(weight.data_ptr(), packed.data_ptr(), C_out, group_in, taps, groups, torch.get_num_threads())
+    extension.pack_weight(weight.data_ptr(), packed.data_ptr(), C_out, group_in, taps, groups, threads)
     return packed
+
+
+def _packed_as(packed: Tensor, C_out: int, C_in: int, kernel: int, stride: int, groups: int) -> int | None:
+    """The `winograd` that weights of this shape were packed with; None if they were not."""
+    extension = _extension()
+    if packed.numel() == extension.packed_floats(C_out, C_in // groups, kernel**2, groups):
+        return 0
+    if kernel == 3 and stride == 1 and groups == 1:
+        for tile in (4, 2):
+            if packed.numel() == extension.winograd_packed_floats(tile, C_out, C_in):
+                return tile
+    return None
 
 
 def residual_block(
@@ -187,15 +226,16 @@ def residual_block(
     hidden = scale[0].shape[1]
     C_out = out.shape[1]
     last = len(weight) - 1
-    c_in = C
+    c_in, winograd = C, []
     for i, packed in enumerate(weight):
         c_out = C_out if i == last else hidden
-        expected = extension.packed_floats(c_out, c_in // groups[i], kernel_size[i] ** 2, groups[i])
-        if packed.numel() != expected:
+        tile = _packed_as(packed, c_out, c_in, kernel_size[i], stride[i], groups[i])
+        if tile is None:
             raise ValueError(
-                f"weight[{i}] must be packed by this backend's pack_weight for {c_in} -> {c_out} channels "
-                f"({expected} values), got {packed.numel()} values"
+                f"weight[{i}] must be packed by this backend's pack_weight for {c_in} -> {c_out} channels, "
+                f"got {packed.numel()} values"
             )
+        winograd.append(tile)
         c_in = hidden
     if not x.is_contiguous(memory_format=torch.channels_last):
         x = x.contiguous(memory_format=torch.channels_last)
@@ -216,6 +256,7 @@ def residual_block(
         kernel_size,
         stride,
         groups,
+        winograd,
         relu,
         torch.get_num_threads(),
     )

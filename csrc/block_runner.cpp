@@ -1,0 +1,298 @@
+#include "block_runner.h"
+
+#include <algorithm>
+
+namespace den {
+
+namespace {
+
+// V of a chunk of tiles stays in half of an L2 cache; fewer tiles than these would make the weights the larger traffic.
+constexpr int kBenchFloats = 96 * 1024;
+constexpr int kFewestTiles = 16;
+
+}  // namespace
+
+BlockRunner::BlockRunner(const ResidualBlock& block) : block_(block), kernels_(kernels()) {
+    int channels = block.channels, height = block.height, width = block.width;
+    for (const BlockConv& conv : block.convs) {
+        const int pad = conv.kernel / 2, m = conv.winograd;
+        ConvShape shape{channels,         conv.out_channels,          conv.groups, height, width,
+                        {conv.kernel, conv.kernel}, {conv.stride, conv.stride}, {pad, pad},  {1, 1}};
+        const Pair slack = m ? Pair{round_up(height, m) - height, round_up(width, m) - width} : Pair{0, 0};
+        maps_.emplace_back(shape, slack);
+        map_at_.push_back(workspace_floats_);
+        workspace_floats_ += maps_.back().floats();  // a multiple of a cache line, like all that follows
+        scale_at_.push_back(workspace_floats_);
+        workspace_floats_ += 2 * scale_floats(conv);
+        if (m) {
+            const int i = int(maps_.size()) - 1, tiles = chunk_of(i);
+            bench_floats_ = std::max(bench_floats_, winograd_v_floats(m, channels, tiles) + winograd_product_floats(m, tiles));
+            team_ = std::max(team_, ceil_div(kFewestTiles, tiles_of(i)));
+        }
+        channels = conv.out_channels, height = shape.out_height(), width = shape.out_width();
+        pool_ *= conv.stride;
+    }
+    out_channels_ = channels, out_height_ = height, out_width_ = width;
+    out_columns_ = nhwc_columns(width, channels);
+    // Of equal shapes the shortcut is x itself (a strided block of a map of one pixel too).
+    plain_shortcut_ = height == block.height && width == block.width && channels == block.channels;
+}
+
+int BlockRunner::tiles_of(int i) const {
+    const ConvShape& conv = maps_[i].conv();
+    return ceil_div(conv.height, block_.convs[i].winograd) * ceil_div(conv.width, block_.convs[i].winograd);
+}
+
+int BlockRunner::chunk_of(int i) const {
+    const int tile_floats = winograd_points(block_.convs[i].winograd) * maps_[i].conv().in_channels;
+    return std::max(kFewestTiles, kBenchFloats / tile_floats);
+}
+
+double BlockRunner::cost(int n) const {
+    // A transform takes about as long as four more channels to multiply with.
+    constexpr double kTransform = 4;
+    double macs = 0;
+    for (int i = 0; i < convs(); ++i) {
+        const ConvShape& conv = maps_[i].conv();
+        const double in = active_in(i, n), out = active_out(i, n);
+        if (is_winograd(i))
+            macs += winograd_points(block_.convs[i].winograd) * tiles_of(i) * (in * out + kTransform * (in + out));
+        else
+            macs += conv.macs_per_channel_pair() * in * out / conv.groups;
+    }
+    return macs;
+}
+
+void BlockRunner::zero_borders(float* workspace) const {
+    for (int i = 0; i < convs(); ++i) maps_[i].zero_border(workspace + map_at_[i], maps_[i].conv().in_channels);
+}
+
+void BlockRunner::load_scales(float* workspace, int n) const {
+    for (int i = 0; i < convs(); ++i) {
+        const BlockConv& conv = block_.convs[i];
+        const std::size_t row = std::size_t(block_.level[n]) * conv.out_channels;
+        float* to = workspace + scale_at_[i];
+        std::copy_n(conv.scale + row, conv.out_channels, to);
+        std::copy_n(conv.shift + row, conv.out_channels, to + scale_floats(conv));
+    }
+}
+
+void BlockRunner::load_rows(float* workspace, int n, int row0, int row1) const {
+    const BlockedMap& map = maps_[0];
+    const std::ptrdiff_t in_row = std::ptrdiff_t(block_.width) * block_.channels;
+    MapLoad load{};
+    load.in = block_.x + n * in_row * block_.height;
+    load.in_row = in_row;
+    load.in_pixel = block_.channels;
+    load.width = block_.width;
+    load.channels = block_.channels;
+    load.mul = block_.pre_scale;
+    load.add = block_.pre_shift;
+    load.out = map.image(workspace + map_at_[0]);
+    load.out_row = map.row_pitch();
+    load.out_block = map.block_pitch();
+    load.out_col = map.read_columns();
+    load.row_read = map.read_rows();
+    kernels_.load(load, row0, row1);
+}
+
+void BlockRunner::shortcut(int n, int row0, int row1) const {
+    const std::ptrdiff_t out_row = std::ptrdiff_t(out_width_) * out_channels_;
+    const std::ptrdiff_t in_row = std::ptrdiff_t(block_.width) * block_.channels;
+    const float* x = block_.x + n * in_row * block_.height;
+    float* out = block_.out + n * out_row * out_height_;
+    if (plain_shortcut_) {
+        std::copy_n(x + row0 * in_row, (row1 - row0) * in_row, out + row0 * out_row);
+        return;
+    }
+    const int channels = std::min(block_.channels, out_channels_);
+    for (int row = row0; row < row1; ++row)
+        for (int col = 0; col < out_width_; ++col) {
+            float* to = out + row * out_row + std::ptrdiff_t(col) * out_channels_;
+            const int y0 = row * pool_, y1 = std::min(y0 + pool_, block_.height);
+            const int x0 = col * pool_, x1 = std::min(x0 + pool_, block_.width);
+            const float inside = float((y1 - y0) * (x1 - x0));
+            std::fill_n(to, out_channels_, 0.0f);
+            for (int y = y0; y < y1; ++y)
+                for (int c0 = x0; c0 < x1; ++c0) {
+                    const float* from = x + y * in_row + std::ptrdiff_t(c0) * block_.channels;
+                    for (int c = 0; c < channels; ++c) to[c] += from[c];
+                }
+            for (int c = 0; c < channels; ++c) to[c] /= inside;
+        }
+}
+
+void BlockRunner::prepare_part(float* workspace, int n, int part, int parts) const {
+    if (part == 0) {
+        zero_borders(workspace);
+        load_scales(workspace, n);
+    }
+    load_rows(workspace, n, block_.height * part / parts, block_.height * (part + 1) / parts);
+    if (!plain_shortcut_) shortcut(n, out_height_ * part / parts, out_height_ * (part + 1) / parts);
+}
+
+// Convolution i of sample n: into the next map, or into the output with the shortcut added.
+void BlockRunner::conv(float* workspace, int i, int n, int unit0, int unit1, int row0, int row1) const {
+    const BlockConv& conv = block_.convs[i];
+    ConvPass pass = maps_[i].pass(workspace + map_at_[i], conv.weight, active_in(i, n), active_out(i, n));
+    pass.mul = workspace + scale_at_[i];
+    pass.add = pass.mul + scale_floats(conv);
+    if (i + 1 < convs()) {
+        const BlockedMap& next = maps_[i + 1];
+        pass.relu = true;
+        pass.out = next.image(workspace + map_at_[i + 1]);
+        pass.out_row = next.row_pitch();
+        pass.out_block = next.block_pitch();
+        pass.out_col = next.columns();
+        pass.whole_blocks = conv.groups == 1;  // with groups another group's channels may follow in the block
+    } else {
+        const std::ptrdiff_t image = std::ptrdiff_t(out_height_) * out_width_ * out_channels_;
+        pass.relu = block_.relu;
+        pass.out = block_.out + n * image;
+        // A shortcut of another shape was put into the output before.
+        pass.residual = plain_shortcut_ ? block_.x + n * image : pass.out;
+        pass.out_row = std::ptrdiff_t(out_width_) * out_channels_;
+        pass.out_block = kBlock;
+        pass.out_col = out_columns_.data();
+        pass.whole_blocks = false;
+    }
+    kernels_.conv(pass, unit0, unit1, row0, row1);
+}
+
+std::vector<WinogradTile> BlockRunner::tiles(int i, float* workspaces, const int* samples, int count) const {
+    const BlockConv& conv = block_.convs[i];
+    const int m = conv.winograd, height = maps_[i].conv().height, width = maps_[i].conv().width;
+    std::vector<WinogradTile> tiles;
+    tiles.reserve(std::size_t(count) * tiles_of(i));
+    for (int s = 0; s < count; ++s) {
+        float* workspace = workspaces + s * workspace_floats_;
+        const int n = samples[s];
+        WinogradTile tile{};
+        tile.in = workspace + map_at_[i];
+        tile.mul = workspace + scale_at_[i];
+        tile.add = tile.mul + scale_floats(conv);
+        if (i + 1 < convs()) {
+            tile.out = maps_[i + 1].image(workspace + map_at_[i + 1]);
+        } else {
+            const std::ptrdiff_t image = std::ptrdiff_t(out_height_) * out_width_ * out_channels_;
+            tile.out = block_.out + n * image;
+            tile.residual = plain_shortcut_ ? block_.x + n * image : tile.out;
+        }
+        tile.active_in = active_in(i, n);
+        tile.active_out = active_out(i, n);
+        for (tile.row = 0; tile.row < height; tile.row += m)
+            for (tile.col = 0; tile.col < width; tile.col += m) tiles.push_back(tile);
+    }
+    return tiles;
+}
+
+WinogradPass BlockRunner::winograd_pass(int i, float* v, int tiles) const {
+    const BlockConv& conv = block_.convs[i];
+    const BlockedMap& map = maps_[i];
+    const ConvShape& shape = map.conv();
+    WinogradPass pass{};
+    pass.tile = conv.winograd;
+    pass.in_row = map.row_pitch();
+    pass.in_block = map.block_pitch();
+    pass.v = v;
+    pass.v_block = std::ptrdiff_t(tiles) * kBlock;
+    pass.v_point = winograd_pitch(std::ptrdiff_t(round_up(shape.in_channels, kBlock)) * tiles);
+    pass.weight = conv.weight;
+    pass.weight_point = std::ptrdiff_t(shape.in_channels) * kWinogradGroup;
+    pass.weight_group = winograd_points(conv.winograd) * pass.weight_point;
+    pass.height = shape.height;
+    pass.width = shape.width;
+    if (i + 1 < convs()) {
+        const BlockedMap& next = maps_[i + 1];
+        pass.relu = true;
+        pass.out_row = next.row_pitch();
+        pass.out_block = next.block_pitch();
+        pass.out_col = next.columns();
+        pass.whole_blocks = true;
+    } else {
+        pass.relu = block_.relu;
+        pass.out_row = std::ptrdiff_t(out_width_) * out_channels_;
+        pass.out_block = kBlock;
+        pass.out_col = out_columns_.data();
+        pass.whole_blocks = false;
+    }
+    return pass;
+}
+
+void BlockRunner::winograd_chunk(int i, const WinogradTile* tiles, int count, float* bench) const {
+    const WinogradPass pass = winograd_pass(i, bench, count);
+    float* products = bench + winograd_v_floats(pass.tile, maps_[i].conv().in_channels, count);
+    kernels_.winograd->input(pass, tiles, 0, count);
+    kernels_.winograd->output(pass, tiles, 0, count, 0, winograd_groups(maps_[i].conv().out_channels), products);
+}
+
+void BlockRunner::run_team(float* workspaces, const int* samples, int count, float* bench) const {
+    for (int s = 0; s < count; ++s) {
+        float* workspace = workspaces + s * workspace_floats_;
+        load_scales(workspace, samples[s]);
+        load_rows(workspace, samples[s], 0, block_.height);
+        if (!plain_shortcut_) shortcut(samples[s], 0, out_height_);
+    }
+    for (int i = 0; i < convs(); ++i) {
+        if (!is_winograd(i)) {
+            const ConvShape& shape = maps_[i].conv();
+            for (int s = 0; s < count; ++s)
+                conv(workspaces + s * workspace_floats_, i, samples[s], 0, shape.units(active_out(i, samples[s])), 0,
+                     shape.out_height());
+            continue;
+        }
+        const std::vector<WinogradTile> all = tiles(i, workspaces, samples, count);
+        const int total = int(all.size()), chunks = ceil_div(total, chunk_of(i));
+        for (int c = 0; c < chunks; ++c) {
+            const int first = total * c / chunks;
+            winograd_chunk(i, all.data() + first, total * (c + 1) / chunks - first, bench);
+        }
+    }
+}
+
+bool BlockRunner::split_groups(int i, int tiles) const {
+    const ConvShape& shape = maps_[i].conv();
+    return tiles < shape.out_channels;  // V is then smaller than the weights
+}
+
+std::size_t BlockRunner::shared_v_floats(int samples) const {
+    std::size_t most = 0;
+    for (int i = 0; i < convs(); ++i)
+        if (is_winograd(i) && split_groups(i, samples * tiles_of(i)))
+            most = std::max(most, winograd_v_floats(block_.convs[i].winograd, maps_[i].conv().in_channels,
+                                                    samples * tiles_of(i)));
+    return most;
+}
+
+void BlockRunner::shared_winograd(int i, float* workspaces, const std::vector<int>& samples, float* shared_v,
+                                  float* bench, int threads) const {
+    const std::vector<WinogradTile> all = tiles(i, workspaces, samples.data(), int(samples.size()));
+    const int total = int(all.size());
+    if (!split_groups(i, total)) {
+        const int chunks = round_up(ceil_div(total, chunk_of(i)), threads);
+#pragma omp for schedule(dynamic, 1)
+        for (int c = 0; c < chunks; ++c) {
+            const int first = total * c / chunks, end = total * (c + 1) / chunks;
+            if (end > first) winograd_chunk(i, all.data() + first, end - first, bench);
+        }
+        return;
+    }
+    const WinogradPass pass = winograd_pass(i, shared_v, total);
+    const int pieces = std::min(total, 4 * threads);
+#pragma omp for schedule(dynamic, 1)
+    for (int p = 0; p < pieces; ++p)
+        kernels_.winograd->input(pass, all.data(), total * p / pieces, total * (p + 1) / pieces);
+    int widest = 0;
+    for (int n : samples) widest = std::max(widest, active_out(i, n));
+    // Few groups of output channels: each is cut by tiles too.
+    const int groups = winograd_groups(widest), chunk = chunk_of(i);
+    const int parts = std::max(ceil_div(total, chunk), std::min(ceil_div(2 * threads, groups), ceil_div(total, 6)));
+#pragma omp for schedule(dynamic, 1)
+    for (int item = 0; item < groups * parts; ++item) {
+        const int group = item / parts, part = item % parts;
+        kernels_.winograd->output(pass, all.data(), total * part / parts, total * (part + 1) / parts, group, group + 1,
+                                  bench);
+    }
+}
+
+}  // namespace den
