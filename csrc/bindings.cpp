@@ -60,7 +60,6 @@ void check_block(const den::ResidualBlock& block, int hidden) {
 }
 
 using Ints = std::vector<int>;
-using Addresses = std::vector<std::uintptr_t>;
 
 void conv2d(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t out, std::uintptr_t in_width,
             std::uintptr_t out_width, const Ints& sizes, const Ints& window, int threads) {
@@ -101,35 +100,60 @@ void conv2d(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::u
     den::conv2d(args);
 }
 
-void residual_block(std::uintptr_t x, std::uintptr_t out, std::uintptr_t level, std::uintptr_t order,
-                    std::uintptr_t widths, const Addresses& weight, const Addresses& scale, const Addresses& shift,
-                    std::uintptr_t pre_scale, std::uintptr_t pre_shift, const Ints& sizes, const Ints& kernel,
-                    const Ints& stride, const Ints& groups, const Ints& winograd, bool relu, int threads) {
-    if (sizes.size() != 7) fail("sizes must hold 7 integers");
-    den::ResidualBlock block{};
-    block.x = at<const float>(x);
-    block.out = at<float>(out);
-    block.samples = sizes[0], block.channels = sizes[1], block.height = sizes[2], block.width = sizes[3];
-    const int hidden = sizes[4], out_channels = sizes[5];
-    block.levels = sizes[6];
-    block.level = at<const int>(level);
-    block.order = at<const int>(order);
-    block.widths = at<const int>(widths);
-    const std::size_t k = weight.size();
-    if (scale.size() != k || shift.size() != k || kernel.size() != k || stride.size() != k || groups.size() != k ||
-        winograd.size() != k)
-        fail("weight, scale, shift, kernel_size, stride, groups and winograd must have one entry a convolution");
-    for (std::size_t i = 0; i < k; ++i)
-        block.convs.push_back({at<const float>(weight[i]), at<const float>(scale[i]), at<const float>(shift[i]),
-                               i + 1 < k ? hidden : out_channels, kernel[i], stride[i], groups[i],
-                               winograd[i]});
-    block.pre_scale = at<const float>(pre_scale);
-    block.pre_shift = at<const float>(pre_shift);
-    block.relu = relu;
-    block.threads = threads;
-    check_block(block, hidden);
+// The `winograd` that weights of this many values were packed with (the sizes differ); throws if with none.
+int packed_as(std::int64_t values, int i, int in_channels, const den::BlockConv& conv) {
+    const int group_in = in_channels / conv.groups, taps = conv.kernel * conv.kernel;
+    if (values == std::int64_t(den::packed_floats(conv.out_channels, group_in, taps, conv.groups))) return 0;
+    if (conv.kernel == 3 && conv.stride == 1 && conv.groups == 1)
+        for (int tile : {4, 2})
+            if (values == std::int64_t(den::winograd_packed_floats(tile, conv.out_channels, in_channels))) return tile;
+    fail(entry("weight", i) + " must be packed by this backend's pack_weight for " + std::to_string(in_channels) + " -> " +
+         std::to_string(conv.out_channels) + " channels, got " + std::to_string(values) + " values");
+}
+
+// Blocks one after the other: block b reads what block b - 1 wrote.
+//   spec, of each block: convolutions, hidden channels, output channels, levels, whether it ends in a ReLU, then kernel,
+//     stride and groups of each convolution
+//   values, of each block: address of its output, of widths, pre_scale, pre_shift (or 0), then of each convolution the
+//     address of its weight, the weight's number of values, and the addresses of scale and shift
+void residual_blocks(std::uintptr_t x, std::uintptr_t level, std::uintptr_t order, const Ints& sizes, const Ints& spec,
+                     const std::vector<std::int64_t>& values, int threads) {
+    if (sizes.size() != 4) fail("sizes must hold 4 integers");
+    std::vector<den::ResidualBlock> blocks;
+    const float* in = at<const float>(x);
+    const int samples = sizes[0];
+    int channels = sizes[1], height = sizes[2], width = sizes[3];
+    const int* s = spec.data();
+    const std::int64_t* v = values.data();
+    while (s < spec.data() + spec.size()) {
+        den::ResidualBlock block{};
+        block.samples = samples, block.channels = channels, block.height = height, block.width = width;
+        block.level = at<const int>(level) + blocks.size() * samples;
+        block.order = at<const int>(order) + blocks.size() * samples;
+        const int convs = s[0], hidden = s[1], out_channels = s[2];
+        block.levels = s[3];
+        block.relu = s[4];
+        block.threads = threads;
+        block.x = in;
+        block.out = at<float>(v[0]);
+        block.widths = at<const int>(v[1]);
+        block.pre_scale = at<const float>(v[2]);
+        block.pre_shift = at<const float>(v[3]);
+        s += 5, v += 4;
+        for (int i = 0; i < convs; ++i, s += 3, v += 4) {
+            den::BlockConv conv{at<const float>(v[0]), at<const float>(v[2]), at<const float>(v[3]),
+                                i + 1 < convs ? hidden : out_channels, s[0], s[1], s[2], 0};
+            conv.winograd = packed_as(v[1], i, i ? hidden : channels, conv);
+            height = den::ceil_div(height, conv.stride), width = den::ceil_div(width, conv.stride);
+            block.convs.push_back(conv);
+        }
+        check_block(block, hidden);
+        channels = out_channels;
+        in = block.out;
+        blocks.push_back(std::move(block));
+    }
     py::gil_scoped_release release;
-    den::residual_block(block);
+    for (const den::ResidualBlock& block : blocks) den::residual_block(block);
 }
 
 void pack_weight(std::uintptr_t weight, std::uintptr_t packed, int out_channels, int group_in, int taps, int groups,
@@ -148,7 +172,7 @@ void winograd_pack(int tile, std::uintptr_t weight, std::uintptr_t packed, int o
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU kernels of den_kernels; see den_kernels/backends/cpu.py.";
     m.def("conv2d", &conv2d);
-    m.def("residual_block", &residual_block);
+    m.def("residual_blocks", &residual_blocks);
     m.def("pack_weight", &pack_weight);
     m.def("packed_floats", &den::packed_floats, py::arg("out_channels"), py::arg("group_in"), py::arg("taps"),
           py::arg("groups"));

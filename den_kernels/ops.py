@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from den_kernels.backends import resolve
+from den_kernels.block import BlockArguments, empty_outputs, output_shape, unflatten
 from den_kernels.plan import order_and_count
 
 _LIBRARY = torch.library.Library("den_kernels", "DEF")
@@ -34,6 +35,10 @@ _BLOCK = (
 )
 _LIBRARY.define(f"residual_block(Tensor x, {_BLOCK}) -> Tensor")
 _LIBRARY.define(f"residual_block_(Tensor(a!) x, {_BLOCK}) -> ()")
+_LIBRARY.define(
+    "residual_chain(Tensor x, Tensor level, Tensor order, Tensor count, Tensor[] tensors, int[] spec, str backend)"
+    " -> Tensor"
+)
 
 
 def _layout(x: Tensor) -> torch.memory_format:
@@ -118,14 +123,9 @@ def _plan_fake(level, num_levels):
 # The fused residual block
 
 
-def _block_output_shape(x: Tensor, scale: list[Tensor], stride: list[int]) -> list[int]:
-    step = math.prod(stride)
-    return [x.shape[0], scale[-1].shape[1], (x.shape[2] + step - 1) // step, (x.shape[3] + step - 1) // step]
-
-
 def _residual_block(x, level, order, count, widths, weight, scale, shift, *rest) -> Tensor:
     *block, backend = rest
-    shape = _block_output_shape(x, scale, block[3])
+    shape = output_shape(x.shape, scale, block[3])
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if x.shape[0]:
         run = resolve(backend, x.device, x.dtype).residual_block
@@ -134,7 +134,7 @@ def _residual_block(x, level, order, count, widths, weight, scale, shift, *rest)
 
 
 def _residual_block_fake(x, level, order, count, widths, weight, scale, shift, *rest) -> Tensor:
-    shape = _block_output_shape(x, scale, rest[3])
+    shape = output_shape(x.shape, scale, rest[3])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
@@ -149,12 +149,25 @@ def _residual_block_in_place_fake(x, *args) -> None:
     return None
 
 
+def _residual_chain(x, level, order, count, tensors, spec, backend) -> Tensor:
+    blocks = unflatten(tensors, spec)
+    outs = empty_outputs(x, blocks)
+    if x.shape[0]:
+        resolve(backend, x.device, x.dtype).residual_blocks(x, outs, level, order, count, blocks)
+    return outs[-1]
+
+
+def _residual_chain_fake(x, level, order, count, tensors, spec, backend) -> Tensor:
+    return empty_outputs(x, unflatten(tensors, spec))[-1]
+
+
 for _name, _run, _fake in (
     ("conv2d", _conv2d, _conv2d_fake),
     ("conv2d_backward", _conv2d_backward, _conv2d_backward_fake),
     ("plan", _plan, _plan_fake),
     ("residual_block", _residual_block, _residual_block_fake),
     ("residual_block_", _residual_block_in_place, _residual_block_in_place_fake),
+    ("residual_chain", _residual_chain, _residual_chain_fake),
 ):
     _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"den_kernels::{_name}", _fake, lib=_LIBRARY)
@@ -197,15 +210,27 @@ def _conv2d_backward_flop(
 
 
 @register_flop_formula([torch.ops.den_kernels.residual_block, torch.ops.den_kernels.residual_block_], get_raw=True)
-def _residual_block_flop(x, level, order, count, widths, weight, scale, shift, *rest, **_) -> int:
-    kernel_size, stride, groups = rest[2:5]
-    known = type(level) is Tensor and type(widths) is Tensor
-    width = widths.cpu()[level.cpu().long()].long() if known else torch.full((x.shape[0],), scale[0].shape[1])
-    height, columns = x.shape[2], x.shape[3]
+def _residual_block_flop(x, level, order, count, *rest, **_) -> int:
+    return _block_flop(x.shape, level, BlockArguments(*rest[:-1]))
+
+
+@register_flop_formula(torch.ops.den_kernels.residual_chain, get_raw=True)
+def _residual_chain_flop(x, level, order, count, tensors, spec, backend, **_) -> int:
+    total, shape = 0, x.shape
+    for level_N, block in zip(level, unflatten(tensors, spec), strict=True):
+        total += _block_flop(shape, level_N, block)
+        shape = output_shape(shape, block.scale, block.stride)
+    return total
+
+
+def _block_flop(shape, level: Tensor, block: BlockArguments) -> int:
+    n, channels, height, columns = shape
+    known = type(level) is Tensor and type(block.widths) is Tensor
+    width = block.widths.cpu()[level.cpu().long()].long() if known else torch.full((n,), block.scale[0].shape[1])
     total = 0
-    for i, outputs in enumerate(s.shape[1] for s in scale):
-        height, columns = -(-height // stride[i]), -(-columns // stride[i])
-        read = torch.where(width > 0, x.shape[1], 0) if i == 0 else width
-        write = width if i + 1 < len(scale) else torch.where(width > 0, outputs, 0)
-        total += int((read * write).sum()) // groups[i] * kernel_size[i] ** 2 * height * columns
+    for i, outputs in enumerate(s.shape[1] for s in block.scale):
+        height, columns = -(-height // block.stride[i]), -(-columns // block.stride[i])
+        read = torch.where(width > 0, channels, 0) if i == 0 else width
+        write = width if i + 1 < len(block.scale) else torch.where(width > 0, outputs, 0)
+        total += int((read * write).sum()) // block.groups[i] * block.kernel_size[i] ** 2 * height * columns
     return 2 * total

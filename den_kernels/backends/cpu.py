@@ -17,6 +17,8 @@ from types import ModuleType
 import torch  # before the extension: torch brings the OpenMP library that both must share
 from torch import Tensor
 
+from den_kernels.block import BlockArguments
+
 NAME = "cpu"
 
 Pair = tuple[int, int]
@@ -160,6 +162,13 @@ def winograd_tile(weight: Tensor, stride: int, groups: int, few: bool) -> int:
     return 2 if few and C_out * C_in >= LARGE_WEIGHTS else 4
 
 
+def pack_weights(weight: Tensor, stride: int, groups: int, winograd: bool) -> tuple[Tensor, Tensor]:
+    """Weights as `residual_block` reads them, for batches of many and of few tiles; may be one tensor."""
+    tiles = [winograd_tile(weight, stride, groups, few) if winograd else 0 for few in (False, True)]
+    packed = {tile: pack_weight(weight, groups, tile) for tile in set(tiles)}
+    return packed[tiles[0]], packed[tiles[1]]
+
+
 def pack_weight(weight: Tensor, groups: int, winograd: int = 0) -> Tensor:
     """Weights [C_out, C_in/groups, K, K] float32 as `residual_block` reads them: a flat tensor.
 
@@ -180,85 +189,53 @@ def pack_weight(weight: Tensor, groups: int, winograd: int = 0) -> Tensor:
     return packed
 
 
-def _packed_as(packed: Tensor, C_out: int, C_in: int, kernel: int, stride: int, groups: int) -> int | None:
-    """The `winograd` that weights of this shape were packed with; None if they were not."""
-    extension = _extension()
-    if packed.numel() == extension.packed_floats(C_out, C_in // groups, kernel**2, groups):
-        return 0
-    if kernel == 3 and stride == 1 and groups == 1:
-        for tile in (4, 2):
-            if packed.numel() == extension.winograd_packed_floats(tile, C_out, C_in):
-                return tile
-    return None
-
-
-def residual_block(
-    x: Tensor,
-    out: Tensor,
-    level: Tensor,
-    order: Tensor,
-    count: Tensor,
-    widths: Tensor,
-    weight: Sequence[Tensor],
-    scale: Sequence[Tensor],
-    shift: Sequence[Tensor],
-    pre_scale: Tensor | None,
-    pre_shift: Tensor | None,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    groups: Sequence[int],
-    relu: bool,
-) -> None:
+def residual_block(x: Tensor, out: Tensor, level: Tensor, order: Tensor, count: Tensor, *block) -> None:
     """One residual block for inference, written to `out`, which may be `x` itself when the shapes agree.
 
-    x, out: float32, channels_last. level, order [N], widths [L]: int32, contiguous. weight: from `pack_weight`. scale,
-    shift: float32 [L, C] contiguous, one a convolution. Raises ValueError for a level, an order or widths out of range,
-    or packed weights of another shape.
+    level, order [N]: int32, contiguous. For the rest see `residual_blocks`.
+    """
+    residual_blocks(x, [out], level, order, count, [BlockArguments(*block)])
+
+
+def residual_blocks(
+    x: Tensor, outs: Sequence[Tensor], level: Tensor, order: Tensor, count: Tensor, blocks: Sequence[BlockArguments]
+) -> None:
+    """Residual blocks one after the other in one call; block b reads what block b - 1 wrote.
+
+    x: float32, channels_last. outs: where each block writes, float32, channels_last; may be what it reads when the
+    shapes agree. level, order: int32 [B, N] (or [N] for one block), contiguous. blocks: weights from `pack_weight`,
+    scales and shifts float32, contiguous. Raises ValueError for a level, an order or widths out of range, or packed
+    weights of another shape.
     """
     extension = _extension()
     N, C, H, W = x.shape
     for name, value in (("level", level), ("order", order)):
-        if value.dtype != torch.int32 or value.numel() != N or not value.is_contiguous():
+        if value.dtype != torch.int32 or value.numel() != len(blocks) * N or not value.is_contiguous():
             raise ValueError(
                 f"{name} is {value.dtype} of shape {tuple(value.shape)}; it must be contiguous torch.int32 of shape "
-                f"({N},), one entry a sample: use plan_levels(...).block(b)"
+                f"({N},), one entry a sample, for each of {len(blocks)} blocks: use plan_levels(...)"
             )
-    hidden = scale[0].shape[1]
-    C_out = out.shape[1]
-    last = len(weight) - 1
-    c_in, winograd = C, []
-    for i, packed in enumerate(weight):
-        c_out = C_out if i == last else hidden
-        tile = _packed_as(packed, c_out, c_in, kernel_size[i], stride[i], groups[i])
-        if tile is None:
-            raise ValueError(
-                f"weight[{i}] must be packed by this backend's pack_weight for {c_in} -> {c_out} channels, "
-                f"got {packed.numel()} values"
-            )
-        winograd.append(tile)
-        c_in = hidden
     if not x.is_contiguous(memory_format=torch.channels_last):
         x = x.contiguous(memory_format=torch.channels_last)
-    channels_last = out.is_contiguous(memory_format=torch.channels_last)
-    out_NHWC = out if channels_last else torch.empty_like(out, memory_format=torch.channels_last)
-    extension.residual_block(
-        x.data_ptr(),
-        out_NHWC.data_ptr(),
-        level.data_ptr(),
-        order.data_ptr(),
-        widths.data_ptr(),
-        [w.data_ptr() for w in weight],
-        [s.data_ptr() for s in scale],
-        [s.data_ptr() for s in shift],
-        _address(pre_scale),
-        _address(pre_shift),
-        (N, C, H, W, hidden, C_out, scale[0].shape[0]),
-        kernel_size,
-        stride,
-        groups,
-        winograd,
-        relu,
-        torch.get_num_threads(),
+    outs_NHWC = [
+        out
+        if out.is_contiguous(memory_format=torch.channels_last)
+        else torch.empty_like(out, memory_format=torch.channels_last)
+        for out in outs
+    ]
+    spec: list[int] = []
+    values: list[int] = []
+    for out, block in zip(outs_NHWC, blocks, strict=True):
+        widths, weight, scale, shift, pre_scale, pre_shift, kernel_size, stride, groups, relu = block
+        L, hidden = scale[0].shape
+        spec += (len(weight), hidden, out.shape[1], L, relu)
+        values += (out.data_ptr(), widths.data_ptr(), _address(pre_scale), _address(pre_shift))
+        for w, a, b, *window in zip(weight, scale, shift, kernel_size, stride, groups, strict=True):
+            spec += window
+            values += (w.data_ptr(), w.numel(), a.data_ptr(), b.data_ptr())
+    extension.residual_blocks(
+        x.data_ptr(), level.data_ptr(), order.data_ptr(), (N, C, H, W), spec, values, torch.get_num_threads()
     )
-    if not channels_last:
-        out.copy_(out_NHWC)
+    for out, out_NHWC in zip(outs, outs_NHWC, strict=True):
+        if out is not out_NHWC:
+            out.copy_(out_NHWC)

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from den_kernels import reference
 from den_kernels.backends.checks import check_widths
+from den_kernels.block import one_by_one
 
 NAME = "grouped"
+FEW_TILES = 0
 CHUNKS_PER_BATCH = 8
 
 
@@ -165,9 +167,9 @@ def conv2d_backward(
     return dx, dw, db
 
 
-def pack_weight(weight: Tensor, groups: int) -> Tensor:
-    """The weights as they are, [O, I, kh, kw]."""
-    return weight.contiguous()
+def pack_weights(weight: Tensor, stride: int, groups: int, winograd: bool) -> tuple[Tensor, Tensor]:
+    """The weights as they are, [O, I, kh, kw], for every batch."""
+    return weight.contiguous(), weight.contiguous()
 
 
 def residual_block(
@@ -215,3 +217,6 @@ def residual_block(
     result = residual + h
     result = F.relu(result) if relu else result
     out.copy_(torch.where((width > 0).view(-1, 1, 1, 1), result, residual))
+
+
+residual_blocks = one_by_one(residual_block)
