@@ -29,11 +29,11 @@ std::string entry(const char* name, int i) { return std::string(name) + "[" + st
 void check_widths(const char* name, const int* width, int samples, int channels, int groups) {
     const int step = groups > 1 ? channels / groups : 1;
     for (int n = 0; n < samples; ++n) {
-        const std::string is = entry(name, n) + " is " + std::to_string(width[n]);
+        const auto is = [&] { return entry(name, n) + " is " + std::to_string(width[n]); };
         if (width[n] < 0 || width[n] > channels)
-            fail(is + "; it must be between 0 and the " + std::to_string(channels) + " channels of the tensor");
+            fail(is() + "; it must be between 0 and the " + std::to_string(channels) + " channels of the tensor");
         if (width[n] % step != 0)
-            fail(is + "; with groups=" + std::to_string(groups) + " it must be a multiple of " + std::to_string(step) +
+            fail(is() + "; with groups=" + std::to_string(groups) + " it must be a multiple of " + std::to_string(step) +
                  " channels");
     }
 }
@@ -111,50 +111,69 @@ int packed_as(std::int64_t values, int i, int in_channels, const den::BlockConv&
          std::to_string(conv.out_channels) + " channels, got " + std::to_string(values) + " values");
 }
 
-// Blocks one after the other: block b reads what block b - 1 wrote.
-//   spec, of each block: convolutions, hidden channels, output channels, levels, whether it ends in a ReLU, then kernel,
-//     stride and groups of each convolution
-//   values, of each block: address of its output, of widths, pre_scale, pre_shift (or 0), then of each convolution the
-//     address of its weight, the weight's number of values, and the addresses of scale and shift
-void residual_blocks(std::uintptr_t x, std::uintptr_t level, std::uintptr_t order, const Ints& sizes, const Ints& spec,
-                     const std::vector<std::int64_t>& values, int threads) {
-    if (sizes.size() != 4) fail("sizes must hold 4 integers");
-    std::vector<den::ResidualBlock> blocks;
-    const float* in = at<const float>(x);
-    const int samples = sizes[0];
-    int channels = sizes[1], height = sizes[2], width = sizes[3];
-    const int* s = spec.data();
-    const std::int64_t* v = values.data();
-    while (s < spec.data() + spec.size()) {
-        den::ResidualBlock block{};
-        block.samples = samples, block.channels = channels, block.height = height, block.width = width;
-        block.level = at<const int>(level) + blocks.size() * samples;
-        block.order = at<const int>(order) + blocks.size() * samples;
-        const int convs = s[0], hidden = s[1], out_channels = s[2];
-        block.levels = s[3];
-        block.relu = s[4];
-        block.threads = threads;
-        block.x = in;
-        block.out = at<float>(v[0]);
-        block.widths = at<const int>(v[1]);
-        block.pre_scale = at<const float>(v[2]);
-        block.pre_shift = at<const float>(v[3]);
-        s += 5, v += 4;
-        for (int i = 0; i < convs; ++i, s += 3, v += 4) {
-            den::BlockConv conv{at<const float>(v[0]), at<const float>(v[2]), at<const float>(v[3]),
-                                i + 1 < convs ? hidden : out_channels, s[0], s[1], s[2], 0};
-            conv.winograd = packed_as(v[1], i, i ? hidden : channels, conv);
-            height = den::ceil_div(height, conv.stride), width = den::ceil_div(width, conv.stride);
-            block.convs.push_back(conv);
+// Residual blocks one after the other: block b reads what block b - 1 wrote. Holds addresses, no values.
+class Chain {
+public:
+    // As den_kernels/block.py flattens a chain.
+    Chain(const std::vector<std::uintptr_t>& addresses, const std::vector<std::int64_t>& spec) {
+        std::size_t a = 0, s = 0;
+        while (s < spec.size()) {
+            const int convs = int(spec[s]), hidden = int(spec[s + 1]), out_channels = int(spec[s + 2]);
+            const bool pre = spec[s + 4];
+            den::ResidualBlock block{};
+            block.levels = int(spec[s + 3]);
+            block.relu = spec[s + 5];
+            block.widths = at<const int>(addresses.at(a));
+            const std::int64_t* of = spec.data() + s + 6;
+            for (int i = 0; i < convs; ++i) {
+                const auto table = [&](int kind) { return at<const float>(addresses.at(a + 1 + kind * convs + i)); };
+                block.convs.push_back({table(0), table(1), table(2), i + 1 < convs ? hidden : out_channels, int(of[i]),
+                                       int(of[convs + i]), int(of[2 * convs + i]), 0});
+                values_.push_back(of[3 * convs + i]);
+            }
+            a += 1 + 3 * convs;
+            if (pre) {
+                block.pre_scale = at<const float>(addresses.at(a));
+                block.pre_shift = at<const float>(addresses.at(a + 1));
+                a += 2;
+            }
+            s += 6 + 4 * convs;
+            blocks_.push_back(std::move(block));
         }
-        check_block(block, hidden);
-        channels = out_channels;
-        in = block.out;
-        blocks.push_back(std::move(block));
     }
-    py::gil_scoped_release release;
-    for (const den::ResidualBlock& block : blocks) den::residual_block(block);
-}
+
+    int blocks() const { return int(blocks_.size()); }
+
+    // sizes: samples, channels, height and width of x.
+    void run(std::uintptr_t x, std::uintptr_t out, std::uintptr_t level, std::uintptr_t order, const Ints& sizes,
+             int threads) const {
+        if (sizes.size() != 4) fail("sizes must hold 4 integers");
+        std::vector<den::ResidualBlock> blocks = blocks_;
+        int channels = sizes[1], height = sizes[2], width = sizes[3];
+        auto values = values_.begin();
+        for (std::size_t b = 0; b < blocks.size(); ++b) {
+            den::ResidualBlock& block = blocks[b];
+            block.samples = sizes[0], block.channels = channels, block.height = height, block.width = width;
+            block.level = at<const int>(level) + b * block.samples;
+            block.order = at<const int>(order) + b * block.samples;
+            block.threads = threads;
+            const int hidden = block.convs.front().out_channels;
+            for (std::size_t i = 0; i < block.convs.size(); ++i) {
+                den::BlockConv& conv = block.convs[i];
+                conv.winograd = packed_as(*values++, int(i), i ? hidden : channels, conv);
+                height = den::ceil_div(height, conv.stride), width = den::ceil_div(width, conv.stride);
+            }
+            check_block(block, hidden);
+            channels = block.convs.back().out_channels;
+        }
+        py::gil_scoped_release release;
+        den::residual_chain(blocks, at<const float>(x), at<float>(out));
+    }
+
+private:
+    std::vector<den::ResidualBlock> blocks_;
+    std::vector<std::int64_t> values_;  // of each packed weight
+};
 
 void pack_weight(std::uintptr_t weight, std::uintptr_t packed, int out_channels, int group_in, int taps, int groups,
                  int threads) {
@@ -172,7 +191,11 @@ void winograd_pack(int tile, std::uintptr_t weight, std::uintptr_t packed, int o
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU kernels of den_kernels; see den_kernels/backends/cpu.py.";
     m.def("conv2d", &conv2d);
-    m.def("residual_blocks", &residual_blocks);
+    py::class_<Chain>(m, "Chain")
+        .def(py::init<const std::vector<std::uintptr_t>&, const std::vector<std::int64_t>&>(), py::arg("addresses"),
+             py::arg("spec"))
+        .def_property_readonly("blocks", &Chain::blocks)
+        .def("run", &Chain::run);
     m.def("pack_weight", &pack_weight);
     m.def("packed_floats", &den::packed_floats, py::arg("out_channels"), py::arg("group_in"), py::arg("taps"),
           py::arg("groups"));

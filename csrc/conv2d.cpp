@@ -118,7 +118,7 @@ void conv2d(const Conv2d& args) {
     const int whole = count_whole(cost, threads), shared = args.samples - whole;
     const int parts = shared ? ceil_div(2 * threads, shared) : 1;
     const std::size_t floats = sizes.workspace_floats();
-    float* packed = scratch(weight_floats + ((whole ? threads : 0) + shared) * floats);
+    float* packed = scratch(Scratch::kWork, weight_floats + ((whole ? threads : 0) + shared) * floats);
     float* memory = packed + weight_floats;
     float* shared_memory = memory + (whole ? threads : 0) * floats;
     pack_weight(args.weight, shape.out_channels, shape.group_in(), shape.taps(), shape.groups, threads, packed);

@@ -10,6 +10,7 @@ namespace den {
 
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 inline int round_up(int a, int b) { return ceil_div(a, b) * b; }
+inline std::size_t round_up(std::size_t a, int b) { return (a + b - 1) / b * b; }
 
 struct Pair {
     int y, x;

@@ -31,7 +31,7 @@ void residual_block(const ResidualBlock& block) {
     const int parts = shares ? ceil_div(2 * threads, shares) : 1;  // of each shared sample
 
     const std::size_t floats = run.workspace_floats(), own = (whole ? team * floats : 0) + run.bench_floats();
-    float* memory = scratch(threads * own + shares * floats + run.shared_v_floats(shares));
+    float* memory = scratch(Scratch::kWork, threads * own + shares * floats + run.shared_v_floats(shares));
     float* shared_memory = memory + threads * own;
     float* shared_v = shared_memory + shares * floats;
     std::vector<Cut> cuts;  // [conv][shared sample]
@@ -73,6 +73,35 @@ void residual_block(const ResidualBlock& block) {
             }
         }
     }
+}
+
+void residual_chain(std::vector<ResidualBlock>& blocks, const float* x, float* out) {
+    // Blocks that keep the shape work in place. The last run of equal shapes is `out` itself; those before it take turns
+    // in two buffers. x is never written.
+    const auto floats = [](const ResidualBlock& block) {
+        int height = block.height, width = block.width;
+        for (const BlockConv& conv : block.convs)
+            height = ceil_div(height, conv.stride), width = ceil_div(width, conv.stride);
+        return std::size_t(block.samples) * height * width * block.convs.back().out_channels;
+    };
+    const auto keeps_shape = [](const ResidualBlock& block) {
+        bool strided = false;
+        for (const BlockConv& conv : block.convs) strided = strided || conv.stride != 1;
+        return !strided && block.channels == block.convs.back().out_channels;
+    };
+    std::size_t last = blocks.size() - 1, most = 0;
+    while (last > 0 && keeps_shape(blocks[last])) --last;
+    for (std::size_t b = 0; b < last; ++b) most = std::max(most, round_up(floats(blocks[b]), kBlock));
+    float* buffer = last > 0 ? scratch(Scratch::kMaps, 2 * most) : nullptr;
+    int turn = 0;
+    for (std::size_t b = 0; b < blocks.size(); ++b) {
+        blocks[b].x = b ? blocks[b - 1].out : x;
+        if (b >= last)
+            blocks[b].out = out;
+        else
+            blocks[b].out = b && keeps_shape(blocks[b]) ? blocks[b - 1].out : buffer + most * (turn++ % 2);
+    }
+    for (const ResidualBlock& block : blocks) residual_block(block);
 }
 
 }  // namespace den

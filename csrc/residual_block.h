@@ -32,4 +32,7 @@ struct ResidualBlock {
 
 void residual_block(const ResidualBlock& block);
 
+// Blocks one after the other, from x to out; their own x and out are set here. What is between them is scratch memory.
+void residual_chain(std::vector<ResidualBlock>& blocks, const float* x, float* out);
+
 }  // namespace den

@@ -33,7 +33,12 @@ class BlockArguments(NamedTuple):
 
 
 def flatten(blocks: Sequence[BlockArguments]) -> tuple[list[Tensor], list[int]]:
-    """The tensors of all blocks, and integers that say how to put the blocks together again."""
+    """The tensors of all blocks, and integers that say how to put the blocks together again.
+
+    The integers of each block: convolutions k, hidden and output channels, levels, whether there is a norm in front and
+    a ReLU behind, then k each of kernel sizes, strides, groups and the numbers of packed weights. Its tensors: widths,
+    k weights, k scales, k shifts, and the scale and shift in front.
+    """
     tensors: list[Tensor] = []
     spec: list[int] = []
     for block in blocks:
@@ -41,7 +46,9 @@ def flatten(blocks: Sequence[BlockArguments]) -> tuple[list[Tensor], list[int]]:
         pre = block.pre_scale is not None and block.pre_shift is not None
         if block.pre_scale is not None and block.pre_shift is not None:
             tensors += (block.pre_scale, block.pre_shift)
-        spec += (len(block.weight), pre, block.relu, *block.kernel_size, *block.stride, *block.groups)
+        levels, hidden = block.scale[0].shape
+        spec += (len(block.weight), hidden, block.scale[-1].shape[1], levels, pre, block.relu)
+        spec += (*block.kernel_size, *block.stride, *block.groups, *(w.numel() for w in block.weight))
     return tensors, spec
 
 
@@ -50,9 +57,9 @@ def unflatten(tensors: Sequence[Tensor], spec: Sequence[int]) -> list[BlockArgum
     blocks: list[BlockArguments] = []
     t = s = 0
     while s < len(spec):
-        k, pre, relu = spec[s : s + 3]
+        k, _, _, _, pre, relu = spec[s : s + 6]
         weight, scale, shift = (tensors[t + 1 + i * k : t + 1 + (i + 1) * k] for i in range(3))
-        kernel_size, stride, groups = (spec[s + 3 + i * k : s + 3 + (i + 1) * k] for i in range(3))
+        kernel_size, stride, groups = (spec[s + 6 + i * k : s + 6 + (i + 1) * k] for i in range(3))
         after = t + 1 + 3 * k
         pre_scale, pre_shift = (tensors[after], tensors[after + 1]) if pre else (None, None)
         blocks.append(
@@ -60,37 +67,41 @@ def unflatten(tensors: Sequence[Tensor], spec: Sequence[int]) -> list[BlockArgum
                 tensors[t], weight, scale, shift, pre_scale, pre_shift, kernel_size, stride, groups, bool(relu)
             )
         )
-        t, s = after + 2 * pre, s + 3 + 3 * k
+        t, s = after + 2 * pre, s + 6 + 4 * k
     return blocks
 
 
-def output_shape(shape: Sequence[int], scale: Sequence[Tensor], stride: Sequence[int]) -> tuple[int, int, int, int]:
-    """[N, C, H, W] behind a block that reads a map of this shape."""
+def output_shape(shape: Sequence[int], channels: int, stride: Sequence[int]) -> tuple[int, int, int, int]:
+    """[N, C, H, W] behind a block of these output channels and strides that reads a map of this shape."""
     step = math.prod(stride)
-    return shape[0], scale[-1].shape[1], (shape[2] + step - 1) // step, (shape[3] + step - 1) // step
+    return shape[0], channels, (shape[2] + step - 1) // step, (shape[3] + step - 1) // step
 
 
-def empty_outputs(x: Tensor, blocks: Sequence[BlockArguments]) -> list[Tensor]:
-    """Where each block of a chain writes: a new channels_last map where the shape changes, else what it reads.
-
-    x itself is never written.
-    """
-    outs: list[Tensor] = []
-    shape: Sequence[int] = x.shape
-    for block in blocks:
-        before, shape = shape, output_shape(shape, block.scale, block.stride)
-        same = bool(outs) and tuple(before) == shape
-        new = None if same else torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-        outs.append(outs[-1] if new is None else new)
-    return outs
+def chain_output(x: Tensor, spec: Sequence[int]) -> Tensor:
+    """An empty channels_last map for what a chain of these blocks makes of x [N, C, H, W]."""
+    shape = tuple(x.shape)
+    s = 0
+    while s < len(spec):
+        k = spec[s]
+        shape = output_shape(shape, spec[s + 2], spec[s + 6 + k : s + 6 + 2 * k])
+        s += 6 + 4 * k
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def one_by_one(residual_block: Callable[..., None]) -> Callable[..., None]:
-    """A backend's `residual_blocks`, a chain in one call, from its `residual_block`."""
+    """A backend's `residual_chain`, a chain in one call, from its `residual_block`."""
 
-    def residual_blocks(x: Tensor, outs, level: Tensor, order: Tensor, count: Tensor, blocks) -> None:
-        for out, *plan, block in zip(outs, level, order, count, blocks, strict=True):
-            residual_block(x, out, *plan, *block)
-            x = out
+    def residual_chain(x: Tensor, out: Tensor, level, order, count, tensors, spec: Sequence[int]) -> None:
+        blocks = unflatten(tensors, spec)
+        for b, (*plan, block) in enumerate(zip(level, order, count, blocks, strict=True)):
+            shape = output_shape(x.shape, block.scale[-1].shape[1], block.stride)
+            if b + 1 == len(blocks):
+                y = out
+            elif b > 0 and shape == tuple(x.shape):
+                y = x  # a map of this chain's own
+            else:
+                y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+            residual_block(x, y, *plan, *block)
+            x = y
 
-    return residual_blocks
+    return residual_chain

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from den_kernels.backends import resolve
-from den_kernels.block import BlockArguments, empty_outputs, output_shape, unflatten
+from den_kernels.block import BlockArguments, chain_output, output_shape, unflatten
 from den_kernels.plan import order_and_count
 
 _LIBRARY = torch.library.Library("den_kernels", "DEF")
@@ -125,7 +125,7 @@ def _plan_fake(level, num_levels):
 
 def _residual_block(x, level, order, count, widths, weight, scale, shift, *rest) -> Tensor:
     *block, backend = rest
-    shape = output_shape(x.shape, scale, block[3])
+    shape = output_shape(x.shape, scale[-1].shape[1], block[3])
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if x.shape[0]:
         run = resolve(backend, x.device, x.dtype).residual_block
@@ -134,7 +134,7 @@ def _residual_block(x, level, order, count, widths, weight, scale, shift, *rest)
 
 
 def _residual_block_fake(x, level, order, count, widths, weight, scale, shift, *rest) -> Tensor:
-    shape = output_shape(x.shape, scale, rest[3])
+    shape = output_shape(x.shape, scale[-1].shape[1], rest[3])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
@@ -150,15 +150,14 @@ def _residual_block_in_place_fake(x, *args) -> None:
 
 
 def _residual_chain(x, level, order, count, tensors, spec, backend) -> Tensor:
-    blocks = unflatten(tensors, spec)
-    outs = empty_outputs(x, blocks)
+    out = chain_output(x, spec)
     if x.shape[0]:
-        resolve(backend, x.device, x.dtype).residual_blocks(x, outs, level, order, count, blocks)
-    return outs[-1]
+        resolve(backend, x.device, x.dtype).residual_chain(x, out, level, order, count, tensors, spec)
+    return out
 
 
 def _residual_chain_fake(x, level, order, count, tensors, spec, backend) -> Tensor:
-    return empty_outputs(x, unflatten(tensors, spec))[-1]
+    return chain_output(x, spec)
 
 
 for _name, _run, _fake in (
@@ -219,7 +218,7 @@ def _residual_chain_flop(x, level, order, count, tensors, spec, backend, **_) ->
     total, shape = 0, x.shape
     for level_N, block in zip(level, unflatten(tensors, spec), strict=True):
         total += _block_flop(shape, level_N, block)
-        shape = output_shape(shape, block.scale, block.stride)
+        shape = output_shape(shape, block.scale[-1].shape[1], block.stride)
     return total
 
 

@@ -13,11 +13,12 @@ import functools
 import importlib
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch  # before the extension: torch brings the OpenMP library that both must share
 from torch import Tensor
 
-from den_kernels.block import BlockArguments
+from den_kernels.block import BlockArguments, flatten
 
 NAME = "cpu"
 
@@ -192,50 +193,52 @@ def pack_weight(weight: Tensor, groups: int, winograd: int = 0) -> Tensor:
 def residual_block(x: Tensor, out: Tensor, level: Tensor, order: Tensor, count: Tensor, *block) -> None:
     """One residual block for inference, written to `out`, which may be `x` itself when the shapes agree.
 
-    level, order [N]: int32, contiguous. For the rest see `residual_blocks`.
+    level, order [N]: int32, contiguous. For the rest see `residual_chain`.
     """
-    residual_blocks(x, [out], level, order, count, [BlockArguments(*block)])
+    residual_chain(x, out, level, order, count, *flatten([BlockArguments(*block)]))
 
 
-def residual_blocks(
-    x: Tensor, outs: Sequence[Tensor], level: Tensor, order: Tensor, count: Tensor, blocks: Sequence[BlockArguments]
+def residual_chain(
+    x: Tensor,
+    out: Tensor,
+    level: Tensor,
+    order: Tensor,
+    count: Tensor,
+    tensors: Sequence[Tensor],
+    spec: Sequence[int],
 ) -> None:
-    """Residual blocks one after the other in one call; block b reads what block b - 1 wrote.
+    """Residual blocks one after the other in one call; the maps between them are scratch memory of the extension.
 
-    x: float32, channels_last. outs: where each block writes, float32, channels_last; may be what it reads when the
-    shapes agree. level, order: int32 [B, N] (or [N] for one block), contiguous. blocks: weights from `pack_weight`,
-    scales and shifts float32, contiguous. Raises ValueError for a level, an order or widths out of range, or packed
-    weights of another shape.
+    x, out: float32; out may be x when there is one block and the shapes agree. level, order: int32
+    [B, N] (or [N] for one block), contiguous. tensors, spec: the blocks, from `den_kernels.block.flatten`, with weights
+    from `pack_weight`, scales and shifts float32, contiguous. Raises ValueError for a level, an order or widths out
+    of range, or packed weights of another shape.
     """
-    extension = _extension()
     N, C, H, W = x.shape
+    chain = _chain(tuple(t.data_ptr() for t in tensors), tuple(spec))
     for name, value in (("level", level), ("order", order)):
-        if value.dtype != torch.int32 or value.numel() != len(blocks) * N or not value.is_contiguous():
+        if value.dtype != torch.int32 or value.numel() != chain.blocks * N or not value.is_contiguous():
             raise ValueError(
                 f"{name} is {value.dtype} of shape {tuple(value.shape)}; it must be contiguous torch.int32 of shape "
-                f"({N},), one entry a sample, for each of {len(blocks)} blocks: use plan_levels(...)"
+                f"({N},), one entry a sample, for each of {chain.blocks} blocks: use plan_levels(...)"
             )
     if not x.is_contiguous(memory_format=torch.channels_last):
         x = x.contiguous(memory_format=torch.channels_last)
-    outs_NHWC = [
-        out
-        if out.is_contiguous(memory_format=torch.channels_last)
-        else torch.empty_like(out, memory_format=torch.channels_last)
-        for out in outs
-    ]
-    spec: list[int] = []
-    values: list[int] = []
-    for out, block in zip(outs_NHWC, blocks, strict=True):
-        widths, weight, scale, shift, pre_scale, pre_shift, kernel_size, stride, groups, relu = block
-        L, hidden = scale[0].shape
-        spec += (len(weight), hidden, out.shape[1], L, relu)
-        values += (out.data_ptr(), widths.data_ptr(), _address(pre_scale), _address(pre_shift))
-        for w, a, b, *window in zip(weight, scale, shift, kernel_size, stride, groups, strict=True):
-            spec += window
-            values += (w.data_ptr(), w.numel(), a.data_ptr(), b.data_ptr())
-    extension.residual_blocks(
-        x.data_ptr(), level.data_ptr(), order.data_ptr(), (N, C, H, W), spec, values, torch.get_num_threads()
+    channels_last = out.is_contiguous(memory_format=torch.channels_last)
+    out_NHWC = out if channels_last else torch.empty_like(out, memory_format=torch.channels_last)
+    chain.run(
+        x.data_ptr(),
+        out_NHWC.data_ptr(),
+        level.data_ptr(),
+        order.data_ptr(),
+        (N, C, H, W),
+        torch.get_num_threads(),
     )
-    for out, out_NHWC in zip(outs, outs_NHWC, strict=True):
-        if out is not out_NHWC:
-            out.copy_(out_NHWC)
+    if not channels_last:
+        out.copy_(out_NHWC)
+
+
+@functools.lru_cache(maxsize=256)
+def _chain(addresses: tuple[int, ...], spec: tuple[int, ...]) -> Any:
+    """The native form of a chain, which these numbers determine: it holds addresses, no values."""
+    return _extension().Chain(addresses, spec)

@@ -219,4 +219,4 @@ def residual_block(
     out.copy_(torch.where((width > 0).view(-1, 1, 1, 1), result, residual))
 
 
-residual_blocks = one_by_one(residual_block)
+residual_chain = one_by_one(residual_block)

@@ -80,4 +80,4 @@ def residual_block(
     out.copy_(result)
 
 
-residual_blocks = one_by_one(residual_block)
+residual_chain = one_by_one(residual_block)

@@ -198,4 +198,4 @@ def residual_block(
         launch.run(one, x.device)
 
 
-residual_blocks = one_by_one(residual_block)
+residual_chain = one_by_one(residual_block)
