@@ -58,13 +58,25 @@ void check_block(const den::ResidualBlock& block, int hidden) {
     }
 }
 
+// Calls run(T{}) for the element type that PyTorch calls `dtype`.
+template <class Run>
+void with_element(const std::string& dtype, Run run) {
+    if (dtype == "float32")
+        run(float{});
+    else if (dtype == "bfloat16")
+        run(den::bf16{});
+    else
+        fail("dtype is " + dtype + "; it must be float32 or bfloat16");
+}
+
 using Ints = std::vector<int>;
 using Addresses = std::vector<std::uintptr_t>;
 
-void conv2d(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t out, std::uintptr_t in_width,
-            std::uintptr_t out_width, const Ints& sizes, const Ints& window, int threads) {
+template <class T>
+void conv2d_of(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t out, std::uintptr_t in_width,
+               std::uintptr_t out_width, const Ints& sizes, const Ints& window, int threads) {
     if (sizes.size() != 6 || window.size() != 8) fail("sizes must hold 6 integers and window 8");
-    den::Conv2d args{};
+    den::Conv2d<T> args{};
     args.samples = sizes[0];
     args.shape = {sizes[1],
                   sizes[4],
@@ -75,10 +87,10 @@ void conv2d(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::u
                   {window[2], window[3]},
                   {window[4], window[5]},
                   {window[6], window[7]}};
-    args.x = at<const float>(x);
-    args.weight = at<const float>(weight);
-    args.bias = at<const float>(bias);
-    args.out = at<float>(out);
+    args.x = at<const T>(x);
+    args.weight = at<const T>(weight);
+    args.bias = at<const T>(bias);
+    args.out = at<T>(out);
     args.threads = threads;
     const den::ConvShape& s = args.shape;
     Ints full_in, full_out;
@@ -98,6 +110,13 @@ void conv2d(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::u
     }
     py::gil_scoped_release release;
     den::conv2d(args);
+}
+
+void conv2d(const std::string& dtype, std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t out,
+            std::uintptr_t in_width, std::uintptr_t out_width, const Ints& sizes, const Ints& window, int threads) {
+    with_element(dtype, [&](auto element) {
+        conv2d_of<decltype(element)>(x, weight, bias, out, in_width, out_width, sizes, window, threads);
+    });
 }
 
 void residual_block(std::uintptr_t x, std::uintptr_t out, std::uintptr_t level, std::uintptr_t order,
@@ -129,10 +148,21 @@ void residual_block(std::uintptr_t x, std::uintptr_t out, std::uintptr_t level, 
     den::residual_block(block);
 }
 
-void pack_weight(std::uintptr_t weight, std::uintptr_t packed, int out_channels, int group_in, int taps, int groups,
-                 int threads) {
+void pack_weight(const std::string& dtype, std::uintptr_t weight, std::uintptr_t packed, int out_channels, int group_in,
+                 int taps, int groups, int threads) {
     py::gil_scoped_release release;
-    den::pack_weight(at<const float>(weight), out_channels, group_in, taps, groups, threads, at<float>(packed));
+    with_element(dtype, [&](auto element) {
+        using T = decltype(element);
+        den::pack_weight(at<const T>(weight), out_channels, group_in, taps, groups, threads, at<T>(packed));
+    });
+}
+
+std::size_t packed_elements(const std::string& dtype, int out_channels, int group_in, int taps, int groups) {
+    std::size_t elements = 0;
+    with_element(dtype, [&](auto element) {
+        elements = den::packed_elements<decltype(element)>(out_channels, group_in, taps, groups);
+    });
+    return elements;
 }
 
 }  // namespace
@@ -142,8 +172,8 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("conv2d", &conv2d);
     m.def("residual_block", &residual_block);
     m.def("pack_weight", &pack_weight);
-    m.def("packed_floats", &den::packed_floats, py::arg("out_channels"), py::arg("group_in"), py::arg("taps"),
-          py::arg("groups"));
+    m.def("packed_elements", &packed_elements, py::arg("dtype"), py::arg("out_channels"), py::arg("group_in"),
+          py::arg("taps"), py::arg("groups"));
     m.def("supported_isas", &den::supported_isas, "Instruction sets that this machine runs, best first.");
     m.def("set_isa", &den::set_isa, py::arg("name"),
           "Use the kernels of this instruction set; returns the name of those used before.");

@@ -263,7 +263,7 @@ def _measure(
         dense_flops=float(flops(model, top, size)),
         den_flops=estimator + 2 * selector_macs(model, size),
         estimator_flops=estimator,
-        backend=resolve(backend, frozen.device, frozen.dtype).NAME,
+        backend=resolve(backend, frozen.device, frozen.dtype, "residual_block").NAME,
     )
 
 

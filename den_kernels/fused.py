@@ -52,7 +52,7 @@ class FusedResidualBlock(nn.Module):
         groups = [1] * len(weights) if groups is None else list(groups)
         _check_block(weights, scales, shifts, widths, strides, groups, pre_scale, pre_shift)
         first = weights[0]
-        chosen = resolve(backend, first.device, first.dtype)
+        chosen = resolve(backend, first.device, first.dtype, "residual_block")
         self.backend: str = chosen.NAME
         self.kernel_sizes = [w.shape[2] for w in weights]
         self.strides, self.groups, self.relu = list(strides), groups, relu

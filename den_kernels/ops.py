@@ -128,7 +128,7 @@ def _residual_block(x, level, order, count, widths, weight, scale, shift, *rest)
     shape = _block_output_shape(x, scale, block[3])
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if x.shape[0]:
-        run = resolve(backend, x.device, x.dtype).residual_block
+        run = resolve(backend, x.device, x.dtype, "residual_block").residual_block
         run(x, out, level, order, count, widths, weight, scale, shift, *block)
     return out
 
@@ -141,7 +141,7 @@ def _residual_block_fake(x, level, order, count, widths, weight, scale, shift, *
 def _residual_block_in_place(x, level, order, count, widths, weight, scale, shift, *rest) -> None:
     *block, backend = rest
     if x.shape[0]:
-        run = resolve(backend, x.device, x.dtype).residual_block
+        run = resolve(backend, x.device, x.dtype, "residual_block").residual_block
         run(x, x, level, order, count, widths, weight, scale, shift, *block)
 
 

@@ -4,7 +4,7 @@ A backend is a module with
 
     NAME                                what a caller names it by
     unavailable() -> str | None         None when usable on this machine, else the reason and the fix
-    rejects(device, dtype) -> str|None  None when it takes such tensors, else why not
+    rejects(device, dtype, operation)   None when the operation takes such tensors, else why not
     conv2d, conv2d_backward, pack_weight, residual_block        the work, on checked arguments
 
 Nothing heavy is imported until a backend is asked for.
@@ -40,36 +40,38 @@ def available_backends() -> tuple[str, ...]:
     return tuple(name for name in reversed(_MODULES) if load(name).unavailable() is None)
 
 
-def resolve(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+def resolve(name: str, device: torch.device, dtype: torch.dtype, operation: str = "conv2d") -> ModuleType:
     """The backend called `name` for tensors on `device` of `dtype`; for "auto", the fastest that takes them.
+
+    operation: "conv2d" or "residual_block", which a backend may have for other dtypes.
 
     "auto" warns once when the kernels made for the device cannot be used. Raises ValueError for an unknown name and
     RuntimeError when a backend asked for by name is missing or does not take such tensors.
     """
     if name == "auto":
-        return _fastest(device.type, dtype)
+        return _fastest(device.type, dtype, operation)
     if name not in _MODULES:
         raise ValueError(f"backend is {name!r}; it must be one of {', '.join(map(repr, NAMES))}")
     backend = load(name)
-    reason = backend.unavailable() or backend.rejects(device, dtype)
+    reason = backend.unavailable() or backend.rejects(device, dtype, operation)
     if reason:
         raise RuntimeError(f"backend {name!r} cannot be used here: {reason}")
     return backend
 
 
 @functools.cache
-def _fastest(device_type: str, dtype: torch.dtype) -> ModuleType:
+def _fastest(device_type: str, dtype: torch.dtype, operation: str) -> ModuleType:
     device = torch.device(device_type)
     native = load("triton" if device_type == "cuda" else "cpu")
     for name in _MODULES:
         backend = load(name)
-        if backend.unavailable() is None and backend.rejects(device, dtype) is None:
+        if backend.unavailable() is None and backend.rejects(device, dtype, operation) is None:
             break
     # float64 is for checking numbers, not for speed: plain PyTorch is what is meant to run it.
     if device_type in ("cuda", "cpu") and backend is not native and dtype != torch.float64:
-        reason = native.unavailable() or native.rejects(device, dtype)
+        reason = native.unavailable() or native.rejects(device, dtype, operation)
         warnings.warn(
-            f"den_kernels: using the {backend.NAME!r} backend for {dtype} on {device_type}, because the "
+            f"den_kernels: using the {backend.NAME!r} backend for {operation} of {dtype} on {device_type}, because the "
             f"{native.NAME!r} backend cannot be used: {reason}",
             RuntimeWarning,
             stacklevel=2,

@@ -1,8 +1,9 @@
-"""The `cpu` backend: the C++ kernels of csrc/, for float32 on a CPU.
+"""The `cpu` backend: the C++ kernels of csrc/, for float32 and bfloat16 on a CPU.
 
-Forward of the elastic convolution, and the fused residual block for inference. Each sample runs its own width: nothing
-is gathered or sorted, and no primitive is built for a shape. The extension links no torch: tensors go in as addresses,
-so everything about them is checked before the call (shapes and dtypes in `functional.py`, values in `bindings.cpp`).
+Forward of the elastic convolution, and, in float32, the fused residual block for inference. bfloat16 is summed in
+float32. Each sample runs its own width: nothing is gathered or sorted, and no primitive is built for a shape. The
+extension links no torch: tensors go in as addresses, so everything about them is checked before the call (shapes and
+dtypes in `functional.py`, values in `bindings.cpp`).
 
 Symbols: N samples, C channels, H W space, L levels.
 """
@@ -51,12 +52,18 @@ def _extension() -> ModuleType:
     return extension
 
 
-def rejects(device: torch.device, dtype: torch.dtype) -> str | None:
-    """None when the backend takes tensors of this device and dtype, else why it does not."""
+# The dtypes of each operation, by the names that the extension knows them by.
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_BLOCK_DTYPES = {torch.float32: "float32"}
+
+
+def rejects(device: torch.device, dtype: torch.dtype, operation: str = "conv2d") -> str | None:
+    """None when the operation ("conv2d" or "residual_block") takes tensors of this device and dtype, else why not."""
     if device.type != "cpu":
         return f"backend 'cpu' takes CPU tensors, got device {device}"
-    if dtype != torch.float32:
-        return f"backend 'cpu' takes float32, got {dtype}"
+    dtypes = _BLOCK_DTYPES if operation == "residual_block" else _DTYPES
+    if dtype not in dtypes:
+        return f"{operation} of backend 'cpu' takes {' and '.join(dtypes.values())}, got {dtype}"
     return None
 
 
@@ -93,11 +100,19 @@ def conv2d(
     dilation: Pair,
     groups: int,
 ) -> Tensor:
-    """The elastic convolution, x [N, C, H, W] float32 -> [N, C_out, H_out, W_out]; channels_last if x is.
+    """The elastic convolution, x [N, C, H, W] -> [N, C_out, H_out, W_out] of its dtype; channels_last if x is.
 
-    Raises ValueError for a width out of range or, with groups, not of whole groups.
+    float32 or bfloat16, all tensors alike. Raises ValueError for a width out of range or, with groups, not of whole
+    groups.
     """
     extension = _extension()
+    if x.dtype == torch.bfloat16 and groups > 1 and weight.shape[1] % 2:
+        # bfloat16 channels are multiplied in pairs, and here a pair would lie in two groups.
+        y = conv2d(
+            x.float(), weight.float(), None if bias is None else bias.float(),
+            in_width, out_width, stride, padding, dilation, groups,
+        )  # fmt: skip
+        return y.to(x.dtype)
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     x_NHWC = x if channels_last else x.contiguous(memory_format=torch.channels_last)
     weight = weight.contiguous()
@@ -111,6 +126,7 @@ def conv2d(
     )
     out = torch.empty((N, C_out, H_out, W_out), dtype=x.dtype, memory_format=torch.channels_last)
     extension.conv2d(
+        _DTYPES[x.dtype],
         x_NHWC.data_ptr(),
         weight.data_ptr(),
         _address(bias),
@@ -143,13 +159,14 @@ def conv2d_backward(
 
 
 def pack_weight(weight: Tensor, groups: int) -> Tensor:
-    """Weights [C_out, C_in/groups, K, K] float32 as `residual_block` reads them: a flat tensor (csrc/pack.h)."""
+    """Weights [C_out, C_in/groups, K, K] as `residual_block` reads them: a flat tensor of their dtype (csrc/pack.h)."""
     extension = _extension()
     weight = weight.detach().contiguous()
     C_out, group_in, *kernel = weight.shape
     taps = kernel[0] * kernel[1]
-    packed = torch.empty(extension.packed_floats(C_out, group_in, taps, groups), dtype=torch.float32)
-    extension.pack_weight(weight.data_ptr(), packed.data_ptr(), C_out, group_in, taps, groups, torch.get_num_threads())
+    shape = (C_out, group_in, taps, groups)
+    packed = torch.empty(extension.packed_elements(_DTYPES[weight.dtype], *shape), dtype=weight.dtype)
+    extension.pack_weight(_DTYPES[weight.dtype], weight.data_ptr(), packed.data_ptr(), *shape, torch.get_num_threads())
     return packed
 
 
@@ -190,7 +207,7 @@ def residual_block(
     c_in = C
     for i, packed in enumerate(weight):
         c_out = C_out if i == last else hidden
-        expected = extension.packed_floats(c_out, c_in // groups[i], kernel_size[i] ** 2, groups[i])
+        expected = extension.packed_elements("float32", c_out, c_in // groups[i], kernel_size[i] ** 2, groups[i])
         if packed.numel() != expected:
             raise ValueError(
                 f"weight[{i}] must be packed by this backend's pack_weight for {c_in} -> {c_out} channels "

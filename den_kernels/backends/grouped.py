@@ -30,7 +30,7 @@ def unavailable() -> str | None:
     return None
 
 
-def rejects(device: torch.device, dtype: torch.dtype) -> str | None:
+def rejects(device: torch.device, dtype: torch.dtype, operation: str = "conv2d") -> str | None:
     """Always None: any device, any floating dtype."""
     return None
 

@@ -55,7 +55,7 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
-def rejects(device: torch.device, dtype: torch.dtype) -> str | None:
+def rejects(device: torch.device, dtype: torch.dtype, operation: str = "conv2d") -> str | None:
     """None when the backend takes tensors of this device and dtype, else one sentence that says why not."""
     if dtype not in _DTYPES:
         return f"the triton backend takes float32, float16 and bfloat16, not {dtype}: use backend='grouped'"
