@@ -59,12 +59,24 @@ void check_block(const den::ResidualBlock& block, int hidden) {
     }
 }
 
+// Calls run(T{}) for the element type that PyTorch calls `dtype`.
+template <class Run>
+void with_element(const std::string& dtype, Run run) {
+    if (dtype == "float32")
+        run(float{});
+    else if (dtype == "bfloat16")
+        run(den::bf16{});
+    else
+        fail("dtype is " + dtype + "; it must be float32 or bfloat16");
+}
+
 using Ints = std::vector<int>;
 
-void conv2d(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t out, std::uintptr_t in_width,
-            std::uintptr_t out_width, const Ints& sizes, const Ints& window, int threads) {
+template <class T>
+void conv2d_of(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t out, std::uintptr_t in_width,
+               std::uintptr_t out_width, const Ints& sizes, const Ints& window, int threads) {
     if (sizes.size() != 6 || window.size() != 8) fail("sizes must hold 6 integers and window 8");
-    den::Conv2d args{};
+    den::Conv2d<T> args{};
     args.samples = sizes[0];
     args.shape = {sizes[1],
                   sizes[4],
@@ -75,10 +87,10 @@ void conv2d(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::u
                   {window[2], window[3]},
                   {window[4], window[5]},
                   {window[6], window[7]}};
-    args.x = at<const float>(x);
-    args.weight = at<const float>(weight);
-    args.bias = at<const float>(bias);
-    args.out = at<float>(out);
+    args.x = at<const T>(x);
+    args.weight = at<const T>(weight);
+    args.bias = at<const T>(bias);
+    args.out = at<T>(out);
     args.threads = threads;
     const den::ConvShape& s = args.shape;
     Ints full_in, full_out;
@@ -100,10 +112,18 @@ void conv2d(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::u
     den::conv2d(args);
 }
 
+std::size_t packed_elements(const std::string& dtype, int out_channels, int group_in, int taps, int groups) {
+    std::size_t elements = 0;
+    with_element(dtype, [&](auto element) {
+        elements = den::packed_elements<decltype(element)>(out_channels, group_in, taps, groups);
+    });
+    return elements;
+}
+
 // The `winograd` that weights of this many values were packed with (the sizes differ); throws if with none.
-int packed_as(std::int64_t values, int i, int in_channels, const den::BlockConv& conv) {
+int packed_as(const std::string& dtype, std::int64_t values, int i, int in_channels, const den::BlockConv& conv) {
     const int group_in = in_channels / conv.groups, taps = conv.kernel * conv.kernel;
-    if (values == std::int64_t(den::packed_floats(conv.out_channels, group_in, taps, conv.groups))) return 0;
+    if (values == std::int64_t(packed_elements(dtype, conv.out_channels, group_in, taps, conv.groups))) return 0;
     if (conv.kernel == 3 && conv.stride == 1 && conv.groups == 1)
         for (int tile : {4, 2})
             if (values == std::int64_t(den::winograd_packed_floats(tile, conv.out_channels, in_channels))) return tile;
@@ -115,7 +135,8 @@ int packed_as(std::int64_t values, int i, int in_channels, const den::BlockConv&
 class Chain {
 public:
     // As den_kernels/block.py flattens a chain.
-    Chain(const std::vector<std::uintptr_t>& addresses, const std::vector<std::int64_t>& spec) {
+    Chain(const std::string& dtype, const std::vector<std::uintptr_t>& addresses, const std::vector<std::int64_t>& spec)
+        : dtype_(dtype) {
         std::size_t a = 0, s = 0;
         while (s < spec.size()) {
             const int convs = int(spec[s]), hidden = int(spec[s + 1]), out_channels = int(spec[s + 2]);
@@ -160,25 +181,39 @@ public:
             const int hidden = block.convs.front().out_channels;
             for (std::size_t i = 0; i < block.convs.size(); ++i) {
                 den::BlockConv& conv = block.convs[i];
-                conv.winograd = packed_as(*values++, int(i), i ? hidden : channels, conv);
+                conv.winograd = packed_as(dtype_, *values++, int(i), i ? hidden : channels, conv);
                 height = den::ceil_div(height, conv.stride), width = den::ceil_div(width, conv.stride);
             }
             check_block(block, hidden);
             channels = block.convs.back().out_channels;
         }
         py::gil_scoped_release release;
-        den::residual_chain(blocks, at<const float>(x), at<float>(out));
+        with_element(dtype_, [&](auto element) {
+            using T = decltype(element);
+            den::residual_chain(blocks, at<const T>(x), at<T>(out));
+        });
     }
 
 private:
+    std::string dtype_;
     std::vector<den::ResidualBlock> blocks_;
     std::vector<std::int64_t> values_;  // of each packed weight
 };
 
-void pack_weight(std::uintptr_t weight, std::uintptr_t packed, int out_channels, int group_in, int taps, int groups,
-                 int threads) {
+void conv2d(const std::string& dtype, std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t out,
+            std::uintptr_t in_width, std::uintptr_t out_width, const Ints& sizes, const Ints& window, int threads) {
+    with_element(dtype, [&](auto element) {
+        conv2d_of<decltype(element)>(x, weight, bias, out, in_width, out_width, sizes, window, threads);
+    });
+}
+
+void pack_weight(const std::string& dtype, std::uintptr_t weight, std::uintptr_t packed, int out_channels, int group_in,
+                 int taps, int groups, int threads) {
     py::gil_scoped_release release;
-    den::pack_weight(at<const float>(weight), out_channels, group_in, taps, groups, threads, at<float>(packed));
+    with_element(dtype, [&](auto element) {
+        using T = decltype(element);
+        den::pack_weight(at<const T>(weight), out_channels, group_in, taps, groups, threads, at<T>(packed));
+    });
 }
 
 void winograd_pack(int tile, std::uintptr_t weight, std::uintptr_t packed, int out_channels, int in_channels, int threads) {
@@ -192,16 +227,16 @@ PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU kernels of den_kernels; see den_kernels/backends/cpu.py.";
     m.def("conv2d", &conv2d);
     py::class_<Chain>(m, "Chain")
-        .def(py::init<const std::vector<std::uintptr_t>&, const std::vector<std::int64_t>&>(), py::arg("addresses"),
-             py::arg("spec"))
+        .def(py::init<const std::string&, const std::vector<std::uintptr_t>&, const std::vector<std::int64_t>&>(),
+             py::arg("dtype"), py::arg("addresses"), py::arg("spec"))
         .def_property_readonly("blocks", &Chain::blocks)
         .def("run", &Chain::run);
     m.def("pack_weight", &pack_weight);
-    m.def("packed_floats", &den::packed_floats, py::arg("out_channels"), py::arg("group_in"), py::arg("taps"),
-          py::arg("groups"));
     m.def("winograd_pack", &winograd_pack);
     m.def("winograd_packed_floats", &den::winograd_packed_floats, py::arg("tile"), py::arg("out_channels"),
           py::arg("in_channels"));
+    m.def("packed_elements", &packed_elements, py::arg("dtype"), py::arg("out_channels"), py::arg("group_in"),
+          py::arg("taps"), py::arg("groups"));
     m.def("supported_isas", &den::supported_isas, "Instruction sets that this machine runs, best first.");
     m.def("set_isa", &den::set_isa, py::arg("name"),
           "Use the kernels of this instruction set; returns the name of those used before.");

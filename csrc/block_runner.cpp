@@ -12,7 +12,8 @@ constexpr int kFewestTiles = 16;
 
 }  // namespace
 
-BlockRunner::BlockRunner(const ResidualBlock& block) : block_(block), kernels_(kernels()) {
+template <class T>
+BlockRunner<T>::BlockRunner(const ResidualBlock& block) : block_(block), kernels_(kernels<T>()) {
     int channels = block.channels, height = block.height, width = block.width;
     for (const BlockConv& conv : block.convs) {
         const int pad = conv.kernel / 2, m = conv.winograd;
@@ -38,17 +39,20 @@ BlockRunner::BlockRunner(const ResidualBlock& block) : block_(block), kernels_(k
     plain_shortcut_ = height == block.height && width == block.width && channels == block.channels;
 }
 
-int BlockRunner::tiles_of(int i) const {
+template <class T>
+int BlockRunner<T>::tiles_of(int i) const {
     const ConvShape& conv = maps_[i].conv();
     return ceil_div(conv.height, block_.convs[i].winograd) * ceil_div(conv.width, block_.convs[i].winograd);
 }
 
-int BlockRunner::chunk_of(int i) const {
+template <class T>
+int BlockRunner<T>::chunk_of(int i) const {
     const int tile_floats = winograd_points(block_.convs[i].winograd) * maps_[i].conv().in_channels;
     return std::max(kFewestTiles, kBenchFloats / tile_floats);
 }
 
-double BlockRunner::cost(int n) const {
+template <class T>
+double BlockRunner<T>::cost(int n) const {
     // A transform takes about as long as four more channels to multiply with.
     constexpr double kTransform = 4;
     double macs = 0;
@@ -63,11 +67,13 @@ double BlockRunner::cost(int n) const {
     return macs;
 }
 
-void BlockRunner::zero_borders(float* workspace) const {
-    for (int i = 0; i < convs(); ++i) maps_[i].zero_border(workspace + map_at_[i], maps_[i].conv().in_channels);
+template <class T>
+void BlockRunner<T>::zero_borders(float* workspace) const {
+    for (int i = 0; i < convs(); ++i) maps_[i].zero_border(map(workspace, i), maps_[i].conv().in_channels);
 }
 
-void BlockRunner::load_scales(float* workspace, int n) const {
+template <class T>
+void BlockRunner<T>::load_scales(float* workspace, int n) const {
     for (int i = 0; i < convs(); ++i) {
         const BlockConv& conv = block_.convs[i];
         const std::size_t row = std::size_t(block_.level[n]) * conv.out_channels;
@@ -77,18 +83,19 @@ void BlockRunner::load_scales(float* workspace, int n) const {
     }
 }
 
-void BlockRunner::load_rows(float* workspace, int n, int row0, int row1) const {
-    const BlockedMap& map = maps_[0];
+template <class T>
+void BlockRunner<T>::load_rows(float* workspace, int n, int row0, int row1) const {
+    const BasicBlockedMap<T>& map = maps_[0];
     const std::ptrdiff_t in_row = std::ptrdiff_t(block_.width) * block_.channels;
-    MapLoad load{};
-    load.in = block_.x + n * in_row * block_.height;
+    BasicMapLoad<T> load{};
+    load.in = x(n);
     load.in_row = in_row;
     load.in_pixel = block_.channels;
     load.width = block_.width;
     load.channels = block_.channels;
     load.mul = block_.pre_scale;
     load.add = block_.pre_shift;
-    load.out = map.image(workspace + map_at_[0]);
+    load.out = map.image(this->map(workspace, 0));
     load.out_row = map.row_pitch();
     load.out_block = map.block_pitch();
     load.out_col = map.read_columns();
@@ -96,33 +103,39 @@ void BlockRunner::load_rows(float* workspace, int n, int row0, int row1) const {
     kernels_.load(load, row0, row1);
 }
 
-void BlockRunner::shortcut(int n, int row0, int row1) const {
+template <class T>
+void BlockRunner<T>::shortcut(int n, int row0, int row1) const {
     const std::ptrdiff_t out_row = std::ptrdiff_t(out_width_) * out_channels_;
     const std::ptrdiff_t in_row = std::ptrdiff_t(block_.width) * block_.channels;
-    const float* x = block_.x + n * in_row * block_.height;
-    float* out = block_.out + n * out_row * out_height_;
+    const T* in = x(n);
+    T* to = out(n);
     if (plain_shortcut_) {
-        std::copy_n(x + row0 * in_row, (row1 - row0) * in_row, out + row0 * out_row);
+        std::copy_n(in + row0 * in_row, (row1 - row0) * in_row, to + row0 * out_row);
         return;
     }
     const int channels = std::min(block_.channels, out_channels_);
+    std::vector<float> sums(channels);
     for (int row = row0; row < row1; ++row)
         for (int col = 0; col < out_width_; ++col) {
-            float* to = out + row * out_row + std::ptrdiff_t(col) * out_channels_;
+            T* pixel = to + row * out_row + std::ptrdiff_t(col) * out_channels_;
             const int y0 = row * pool_, y1 = std::min(y0 + pool_, block_.height);
             const int x0 = col * pool_, x1 = std::min(x0 + pool_, block_.width);
             const float inside = float((y1 - y0) * (x1 - x0));
-            std::fill_n(to, out_channels_, 0.0f);
+            std::fill(sums.begin(), sums.end(), 0.0f);
             for (int y = y0; y < y1; ++y)
                 for (int c0 = x0; c0 < x1; ++c0) {
-                    const float* from = x + y * in_row + std::ptrdiff_t(c0) * block_.channels;
-                    for (int c = 0; c < channels; ++c) to[c] += from[c];
+                    const T* from = in + y * in_row + std::ptrdiff_t(c0) * block_.channels;
+#pragma omp simd
+                    for (int c = 0; c < channels; ++c) sums[c] += to_float(from[c]);
                 }
-            for (int c = 0; c < channels; ++c) to[c] /= inside;
+#pragma omp simd
+            for (int c = 0; c < channels; ++c) pixel[c] = from_float<T>(sums[c] / inside);
+            std::fill_n(pixel + channels, out_channels_ - channels, T{});
         }
 }
 
-void BlockRunner::prepare_part(float* workspace, int n, int part, int parts) const {
+template <class T>
+void BlockRunner<T>::prepare_part(float* workspace, int n, int part, int parts) const {
     if (part == 0) {
         zero_borders(workspace);
         load_scales(workspace, n);
@@ -132,51 +145,51 @@ void BlockRunner::prepare_part(float* workspace, int n, int part, int parts) con
 }
 
 // Convolution i of sample n: into the next map, or into the output with the shortcut added.
-void BlockRunner::conv(float* workspace, int i, int n, int unit0, int unit1, int row0, int row1) const {
+template <class T>
+void BlockRunner<T>::conv(float* workspace, int i, int n, int unit0, int unit1, int row0, int row1) const {
     const BlockConv& conv = block_.convs[i];
-    ConvPass pass = maps_[i].pass(workspace + map_at_[i], conv.weight, active_in(i, n), active_out(i, n));
+    BasicConvPass<T> pass = maps_[i].pass(map(workspace, i), static_cast<const T*>(conv.weight), active_in(i, n), active_out(i, n));
     pass.mul = workspace + scale_at_[i];
     pass.add = pass.mul + scale_floats(conv);
     if (i + 1 < convs()) {
-        const BlockedMap& next = maps_[i + 1];
+        const BasicBlockedMap<T>& next = maps_[i + 1];
         pass.relu = true;
-        pass.out = next.image(workspace + map_at_[i + 1]);
+        pass.out = next.image(map(workspace, i + 1));
         pass.out_row = next.row_pitch();
         pass.out_block = next.block_pitch();
         pass.out_col = next.columns();
         pass.whole_blocks = conv.groups == 1;  // with groups another group's channels may follow in the block
     } else {
-        const std::ptrdiff_t image = std::ptrdiff_t(out_height_) * out_width_ * out_channels_;
         pass.relu = block_.relu;
-        pass.out = block_.out + n * image;
+        pass.out = out(n);
         // A shortcut of another shape was put into the output before.
-        pass.residual = plain_shortcut_ ? block_.x + n * image : pass.out;
+        pass.residual = plain_shortcut_ ? x(n) : pass.out;
         pass.out_row = std::ptrdiff_t(out_width_) * out_channels_;
-        pass.out_block = kBlock;
+        pass.out_block = kMapBlock<T>;
         pass.out_col = out_columns_.data();
         pass.whole_blocks = false;
     }
     kernels_.conv(pass, unit0, unit1, row0, row1);
 }
 
-std::vector<WinogradTile> BlockRunner::tiles(int i, float* workspaces, const int* samples, int count) const {
+template <class T>
+std::vector<WinogradTile<T>> BlockRunner<T>::tiles(int i, float* workspaces, const int* samples, int count) const {
     const BlockConv& conv = block_.convs[i];
     const int m = conv.winograd, height = maps_[i].conv().height, width = maps_[i].conv().width;
-    std::vector<WinogradTile> tiles;
+    std::vector<WinogradTile<T>> tiles;
     tiles.reserve(std::size_t(count) * tiles_of(i));
     for (int s = 0; s < count; ++s) {
         float* workspace = workspaces + s * workspace_floats_;
         const int n = samples[s];
-        WinogradTile tile{};
-        tile.in = workspace + map_at_[i];
+        WinogradTile<T> tile{};
+        tile.in = map(workspace, i);
         tile.mul = workspace + scale_at_[i];
         tile.add = tile.mul + scale_floats(conv);
         if (i + 1 < convs()) {
-            tile.out = maps_[i + 1].image(workspace + map_at_[i + 1]);
+            tile.out = maps_[i + 1].image(map(workspace, i + 1));
         } else {
-            const std::ptrdiff_t image = std::ptrdiff_t(out_height_) * out_width_ * out_channels_;
-            tile.out = block_.out + n * image;
-            tile.residual = plain_shortcut_ ? block_.x + n * image : tile.out;
+            tile.out = out(n);
+            tile.residual = plain_shortcut_ ? x(n) : tile.out;
         }
         tile.active_in = active_in(i, n);
         tile.active_out = active_out(i, n);
@@ -186,24 +199,25 @@ std::vector<WinogradTile> BlockRunner::tiles(int i, float* workspaces, const int
     return tiles;
 }
 
-WinogradPass BlockRunner::winograd_pass(int i, float* v, int tiles) const {
+template <class T>
+WinogradPass<T> BlockRunner<T>::winograd_pass(int i, float* v, int tiles) const {
     const BlockConv& conv = block_.convs[i];
-    const BlockedMap& map = maps_[i];
+    const BasicBlockedMap<T>& map = maps_[i];
     const ConvShape& shape = map.conv();
-    WinogradPass pass{};
+    WinogradPass<T> pass{};
     pass.tile = conv.winograd;
     pass.in_row = map.row_pitch();
     pass.in_block = map.block_pitch();
     pass.v = v;
     pass.v_block = std::ptrdiff_t(tiles) * kBlock;
     pass.v_point = winograd_pitch(std::ptrdiff_t(round_up(shape.in_channels, kBlock)) * tiles);
-    pass.weight = conv.weight;
+    pass.weight = static_cast<const float*>(conv.weight);
     pass.weight_point = std::ptrdiff_t(shape.in_channels) * kWinogradGroup;
     pass.weight_group = winograd_points(conv.winograd) * pass.weight_point;
     pass.height = shape.height;
     pass.width = shape.width;
     if (i + 1 < convs()) {
-        const BlockedMap& next = maps_[i + 1];
+        const BasicBlockedMap<T>& next = maps_[i + 1];
         pass.relu = true;
         pass.out_row = next.row_pitch();
         pass.out_block = next.block_pitch();
@@ -212,21 +226,23 @@ WinogradPass BlockRunner::winograd_pass(int i, float* v, int tiles) const {
     } else {
         pass.relu = block_.relu;
         pass.out_row = std::ptrdiff_t(out_width_) * out_channels_;
-        pass.out_block = kBlock;
+        pass.out_block = kMapBlock<T>;
         pass.out_col = out_columns_.data();
         pass.whole_blocks = false;
     }
     return pass;
 }
 
-void BlockRunner::winograd_chunk(int i, const WinogradTile* tiles, int count, float* bench) const {
-    const WinogradPass pass = winograd_pass(i, bench, count);
+template <class T>
+void BlockRunner<T>::winograd_chunk(int i, const WinogradTile<T>* tiles, int count, float* bench) const {
+    const WinogradPass<T> pass = winograd_pass(i, bench, count);
     float* products = bench + winograd_v_floats(pass.tile, maps_[i].conv().in_channels, count);
     kernels_.winograd->input(pass, tiles, 0, count);
     kernels_.winograd->output(pass, tiles, 0, count, 0, winograd_groups(maps_[i].conv().out_channels), products);
 }
 
-void BlockRunner::run_team(float* workspaces, const int* samples, int count, float* bench) const {
+template <class T>
+void BlockRunner<T>::run_team(float* workspaces, const int* samples, int count, float* bench) const {
     for (int s = 0; s < count; ++s) {
         float* workspace = workspaces + s * workspace_floats_;
         load_scales(workspace, samples[s]);
@@ -241,7 +257,7 @@ void BlockRunner::run_team(float* workspaces, const int* samples, int count, flo
                      shape.out_height());
             continue;
         }
-        const std::vector<WinogradTile> all = tiles(i, workspaces, samples, count);
+        const std::vector<WinogradTile<T>> all = tiles(i, workspaces, samples, count);
         const int total = int(all.size()), chunks = ceil_div(total, chunk_of(i));
         for (int c = 0; c < chunks; ++c) {
             const int first = total * c / chunks;
@@ -250,12 +266,14 @@ void BlockRunner::run_team(float* workspaces, const int* samples, int count, flo
     }
 }
 
-bool BlockRunner::split_groups(int i, int tiles) const {
+template <class T>
+bool BlockRunner<T>::split_groups(int i, int tiles) const {
     const ConvShape& shape = maps_[i].conv();
     return tiles < shape.out_channels;  // V is then smaller than the weights
 }
 
-std::size_t BlockRunner::shared_v_floats(int samples) const {
+template <class T>
+std::size_t BlockRunner<T>::shared_v_floats(int samples) const {
     std::size_t most = 0;
     for (int i = 0; i < convs(); ++i)
         if (is_winograd(i) && split_groups(i, samples * tiles_of(i)))
@@ -264,9 +282,10 @@ std::size_t BlockRunner::shared_v_floats(int samples) const {
     return most;
 }
 
-void BlockRunner::shared_winograd(int i, float* workspaces, const std::vector<int>& samples, float* shared_v,
+template <class T>
+void BlockRunner<T>::shared_winograd(int i, float* workspaces, const std::vector<int>& samples, float* shared_v,
                                   float* bench, int threads) const {
-    const std::vector<WinogradTile> all = tiles(i, workspaces, samples.data(), int(samples.size()));
+    const std::vector<WinogradTile<T>> all = tiles(i, workspaces, samples.data(), int(samples.size()));
     const int total = int(all.size());
     if (!split_groups(i, total)) {
         const int chunks = round_up(ceil_div(total, chunk_of(i)), threads);
@@ -277,7 +296,7 @@ void BlockRunner::shared_winograd(int i, float* workspaces, const std::vector<in
         }
         return;
     }
-    const WinogradPass pass = winograd_pass(i, shared_v, total);
+    const WinogradPass<T> pass = winograd_pass(i, shared_v, total);
     const int pieces = std::min(total, 4 * threads);
 #pragma omp for schedule(dynamic, 1)
     for (int p = 0; p < pieces; ++p)
@@ -294,5 +313,8 @@ void BlockRunner::shared_winograd(int i, float* workspaces, const std::vector<in
                                   bench);
     }
 }
+
+template class BlockRunner<float>;
+template class BlockRunner<bf16>;
 
 }  // namespace den

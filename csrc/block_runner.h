@@ -16,6 +16,7 @@
 
 namespace den {
 
+template <class T>
 class BlockRunner {
 public:
     explicit BlockRunner(const ResidualBlock& block);
@@ -50,6 +51,15 @@ public:
                          int threads) const;
 
 private:
+    // Where the map that convolution i reads lies in a workspace.
+    T* map(float* workspace, int i) const { return elements<T>(workspace + map_at_[i]); }
+    // Sample n of the input, and of the output.
+    const T* x(int n) const {
+        return static_cast<const T*>(block_.x) + std::ptrdiff_t(n) * block_.height * block_.width * block_.channels;
+    }
+    T* out(int n) const {
+        return static_cast<T*>(block_.out) + std::ptrdiff_t(n) * out_height_ * out_width_ * out_channels_;
+    }
     static std::size_t scale_floats(const BlockConv& conv) { return round_up(conv.out_channels, kBlock) + kBlock; }
     int active_in(int i, int n) const { return i == 0 ? block_.channels : hidden(n); }
     int active_out(int i, int n) const { return i + 1 == convs() ? out_channels_ : hidden(n); }
@@ -59,13 +69,13 @@ private:
 
     void load_scales(float* workspace, int n) const;
     void load_rows(float* workspace, int n, int row0, int row1) const;
-    std::vector<WinogradTile> tiles(int i, float* workspaces, const int* samples, int count) const;
-    WinogradPass winograd_pass(int i, float* v, int tiles) const;
-    void winograd_chunk(int i, const WinogradTile* tiles, int count, float* bench) const;
+    std::vector<WinogradTile<T>> tiles(int i, float* workspaces, const int* samples, int count) const;
+    WinogradPass<T> winograd_pass(int i, float* v, int tiles) const;
+    void winograd_chunk(int i, const WinogradTile<T>* tiles, int count, float* bench) const;
 
     const ResidualBlock& block_;
-    const Kernels& kernels_;
-    std::vector<BlockedMap> maps_;  // read by convolution i
+    const BasicKernels<T>& kernels_;
+    std::vector<BasicBlockedMap<T>> maps_;  // read by convolution i
     std::vector<std::size_t> map_at_, scale_at_;
     std::size_t workspace_floats_ = 0, bench_floats_ = 0;
     std::vector<std::ptrdiff_t> out_columns_;

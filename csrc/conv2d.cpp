@@ -11,10 +11,11 @@ namespace den {
 
 namespace {
 
+template <class T>
 class Runner {
 public:
-    Runner(const Conv2d& args, const float* packed, const float* ones, const float* bias)
-        : args_(args), kernels_(kernels()), map_(args.shape), packed_(packed), ones_(ones), bias_(bias),
+    Runner(const Conv2d<T>& args, const T* packed, const float* ones, const float* bias)
+        : args_(args), kernels_(kernels<T>()), map_(args.shape), packed_(packed), ones_(ones), bias_(bias),
           out_columns_(nhwc_columns(args.shape.out_width(), args.shape.out_channels)) {}
 
     std::size_t workspace_floats() const { return map_.floats(); }
@@ -37,11 +38,11 @@ public:
 
     Cut cut(int n, int parts) const { return Cut(args_.shape, in_width(n), computed(n), parts); }
 
-    void zero_borders(float* map) const { map_.zero_border(map, args_.shape.in_channels); }
+    void zero_borders(T* map) const { map_.zero_border(map, args_.shape.in_channels); }
 
-    void load_rows(float* map, int n, int row0, int row1) const {
+    void load_rows(T* map, int n, int row0, int row1) const {
         const ConvShape& s = args_.shape;
-        MapLoad load{};
+        BasicMapLoad<T> load{};
         load.in_row = std::ptrdiff_t(s.width) * s.in_channels;
         load.in = args_.x + n * load.in_row * s.height;
         load.in_pixel = s.in_channels;
@@ -55,14 +56,14 @@ public:
         kernels_.load(load, row0, row1);
     }
 
-    void conv(const float* map, int n, int unit0, int unit1, int row0, int row1) const {
+    void conv(const T* map, int n, int unit0, int unit1, int row0, int row1) const {
         const ConvShape& s = args_.shape;
-        ConvPass pass = map_.pass(map, packed_, in_width(n), computed(n));
+        BasicConvPass<T> pass = map_.pass(map, packed_, in_width(n), computed(n));
         pass.mul = ones_;
         pass.add = bias_;
         pass.out = image(n);
         pass.out_row = std::ptrdiff_t(s.out_width()) * s.out_channels;
-        pass.out_block = kBlock;
+        pass.out_block = kMapBlock<T>;
         pass.out_col = out_columns_.data();
         kernels_.conv(pass, unit0, unit1, row0, row1);
     }
@@ -72,25 +73,31 @@ public:
         const ConvShape& s = args_.shape;
         const int from = computed(n), width = out_width(n);
         if (from == s.out_channels) return;
-        float* pixel = image(n) + std::ptrdiff_t(row0) * s.out_width() * s.out_channels;
+        T* pixel = image(n) + std::ptrdiff_t(row0) * s.out_width() * s.out_channels;
         for (std::ptrdiff_t i = 0; i < std::ptrdiff_t(row1 - row0) * s.out_width(); ++i, pixel += s.out_channels) {
-            if (from < width) std::copy_n(bias_ + from, width - from, pixel + from);
-            std::fill_n(pixel + width, s.out_channels - width, 0.0f);
+            if (from < width) fill_bias(pixel, from, width);
+            std::fill_n(pixel + width, s.out_channels - width, T{});
         }
     }
 
     int units(int n) const { return args_.shape.units(computed(n)); }
 
 private:
-    float* image(int n) const {
+    void fill_bias(T* pixel, int from, int to) const {
+        if (args_.bias)
+            std::copy(args_.bias + from, args_.bias + to, pixel + from);
+        else
+            std::fill(pixel + from, pixel + to, T{});
+    }
+    T* image(int n) const {
         const ConvShape& s = args_.shape;
         return args_.out + std::ptrdiff_t(n) * s.out_height() * s.out_width() * s.out_channels;
     }
 
-    const Conv2d& args_;
-    const Kernels& kernels_;
-    BlockedMap map_;
-    const float* packed_;
+    const Conv2d<T>& args_;
+    const BasicKernels<T>& kernels_;
+    BasicBlockedMap<T> map_;
+    const T* packed_;
     const float* ones_;
     const float* bias_;
     std::vector<std::ptrdiff_t> out_columns_;
@@ -98,18 +105,19 @@ private:
 
 }  // namespace
 
-void conv2d(const Conv2d& args) {
+template <class T>
+void conv2d(const Conv2d<T>& args) {
     const ConvShape& shape = args.shape;
     const int out_height = shape.out_height(), threads = std::max(1, args.threads);
     if (args.samples == 0 || out_height <= 0 || shape.out_width() <= 0) return;
 
     std::vector<float> ones(shape.out_channels + kBlock, 1.0f), bias(shape.out_channels + kBlock, 0.0f);
-    if (args.bias) std::copy_n(args.bias, shape.out_channels, bias.begin());
+    if (args.bias) std::transform(args.bias, args.bias + shape.out_channels, bias.begin(), [](T b) { return to_float(b); });
 
     // Memory: packed weights, one workspace a thread, one a shared sample.
     const std::size_t weight_floats =
-        packed_floats(shape.out_channels, shape.group_in(), shape.taps(), shape.groups);
-    const Runner sizes(args, nullptr, nullptr, nullptr);
+        packed_elements<T>(shape.out_channels, shape.group_in(), shape.taps(), shape.groups) / kWord<T>;
+    const Runner<T> sizes(args, nullptr, nullptr, nullptr);
     std::vector<int> order(args.samples);
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return sizes.cost(a) > sizes.cost(b); });
@@ -118,18 +126,19 @@ void conv2d(const Conv2d& args) {
     const int whole = count_whole(cost, threads), shared = args.samples - whole;
     const int parts = shared ? ceil_div(2 * threads, shared) : 1;
     const std::size_t floats = sizes.workspace_floats();
-    float* packed = scratch(Scratch::kWork, weight_floats + ((whole ? threads : 0) + shared) * floats);
-    float* memory = packed + weight_floats;
-    float* shared_memory = memory + (whole ? threads : 0) * floats;
+    float* memory = scratch(Scratch::kWork, weight_floats + ((whole ? threads : 0) + shared) * floats);
+    float* const own_memory = memory + weight_floats;
+    float* const shared_memory = own_memory + (whole ? threads : 0) * floats;
+    T* const packed = elements<T>(memory);
     pack_weight(args.weight, shape.out_channels, shape.group_in(), shape.taps(), shape.groups, threads, packed);
 
-    const Runner run(args, packed, ones.data(), bias.data());
+    const Runner<T> run(args, packed, ones.data(), bias.data());
     std::vector<Cut> cuts;
     for (int s = 0; s < shared; ++s) cuts.push_back(run.cut(order[whole + s], parts));
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        float* map = memory + thread_index() * floats;
+        T* map = elements<T>(own_memory + thread_index() * floats);
         bool bordered = false;
 #pragma omp for schedule(dynamic, 1) nowait
         for (int i = 0; i < whole; ++i) {
@@ -143,7 +152,7 @@ void conv2d(const Conv2d& args) {
         if (shared) {
 #pragma omp for schedule(dynamic, 1)
             for (int i = 0; i < shared * parts; ++i) {
-                float* of = shared_memory + i / parts * floats;
+                T* of = elements<T>(shared_memory + i / parts * floats);
                 const int n = order[whole + i / parts], part = i % parts;
                 if (part == 0) run.zero_borders(of);
                 run.load_rows(of, n, shape.height * part / parts, shape.height * (part + 1) / parts);
@@ -153,11 +162,14 @@ void conv2d(const Conv2d& args) {
             for (int i = 0; i < shared * parts; ++i) {
                 const int s = i / parts;
                 for (int p = i % parts; p < cuts[s].parts(); p += parts)
-                    run.conv(shared_memory + s * floats, order[whole + s], cuts[s].unit0(p), cuts[s].unit1(p),
+                    run.conv(elements<T>(shared_memory + s * floats), order[whole + s], cuts[s].unit0(p), cuts[s].unit1(p),
                              cuts[s].row0(p), cuts[s].row1(p));
             }
         }
     }
 }
+
+template void conv2d(const Conv2d<float>&);
+template void conv2d(const Conv2d<bf16>&);
 
 }  // namespace den

@@ -8,7 +8,8 @@
 
 namespace den {
 
-const Kernels& kernels();                  // those in use
+template <class T = float>
+const BasicKernels<T>& kernels();           // those in use
 std::vector<std::string> supported_isas();  // best first
 // Changes the kernels in use, for tests and measurements; returns the name of those used before.
 // Throws std::invalid_argument when the machine cannot run them.

@@ -7,8 +7,9 @@
 
 namespace den {
 
+template <class T>
 void residual_block(const ResidualBlock& block) {
-    const BlockRunner run(block);
+    const BlockRunner<T> run(block);
     std::vector<int> active, idle;
     for (int i = 0; i < block.samples; ++i) {
         const int n = block.order[i];
@@ -75,10 +76,11 @@ void residual_block(const ResidualBlock& block) {
     }
 }
 
-void residual_chain(std::vector<ResidualBlock>& blocks, const float* x, float* out) {
+template <class T>
+void residual_chain(std::vector<ResidualBlock>& blocks, const T* x, T* out) {
     // Blocks that keep the shape work in place. The last run of equal shapes is `out` itself; those before it take turns
     // in two buffers. x is never written.
-    const auto floats = [](const ResidualBlock& block) {
+    const auto size = [](const ResidualBlock& block) {
         int height = block.height, width = block.width;
         for (const BlockConv& conv : block.convs)
             height = ceil_div(height, conv.stride), width = ceil_div(width, conv.stride);
@@ -91,8 +93,8 @@ void residual_chain(std::vector<ResidualBlock>& blocks, const float* x, float* o
     };
     std::size_t last = blocks.size() - 1, most = 0;
     while (last > 0 && keeps_shape(blocks[last])) --last;
-    for (std::size_t b = 0; b < last; ++b) most = std::max(most, round_up(floats(blocks[b]), kBlock));
-    float* buffer = last > 0 ? scratch(Scratch::kMaps, 2 * most) : nullptr;
+    for (std::size_t b = 0; b < last; ++b) most = std::max(most, round_up(size(blocks[b]), kMapBlock<T>));
+    T* buffer = last > 0 ? elements<T>(scratch(Scratch::kMaps, 2 * most / kWord<T>)) : nullptr;
     int turn = 0;
     for (std::size_t b = 0; b < blocks.size(); ++b) {
         blocks[b].x = b ? blocks[b - 1].out : x;
@@ -101,7 +103,10 @@ void residual_chain(std::vector<ResidualBlock>& blocks, const float* x, float* o
         else
             blocks[b].out = b && keeps_shape(blocks[b]) ? blocks[b - 1].out : buffer + most * (turn++ % 2);
     }
-    for (const ResidualBlock& block : blocks) residual_block(block);
+    for (const ResidualBlock& block : blocks) residual_block<T>(block);
 }
+
+template void residual_chain(std::vector<ResidualBlock>&, const float*, float*);
+template void residual_chain(std::vector<ResidualBlock>&, const bf16*, bf16*);
 
 }  // namespace den

@@ -6,7 +6,7 @@
 namespace den {
 
 struct BlockConv {
-    const float* weight;  // packed (pack.h, or winograd.h where winograd is set)
+    const void* weight;  // packed: T by pack.h, or float by winograd.h where winograd is set
     const float* scale;   // [levels, out_channels]
     const float* shift;   // [levels, out_channels]
     int out_channels, kernel, stride, groups;
@@ -16,8 +16,8 @@ struct BlockConv {
 // out = shortcut(x) + conv_k(... relu(conv_1(h))), h = x or relu(pre_scale * x + pre_shift); each convolution is followed
 // by the scale and shift of the sample's level. Samples of width 0: out = shortcut(x), nothing else.
 struct ResidualBlock {
-    const float* x;  // NHWC
-    float* out;      // NHWC; may be x when the shapes agree
+    const void* x;  // T, NHWC
+    void* out;      // T, NHWC; may be x when the shapes agree
     int samples, channels, height, width;
     const int* level;   // [samples], below `levels`
     const int* order;   // [samples], a permutation
@@ -30,9 +30,12 @@ struct ResidualBlock {
     int threads;
 };
 
+// T: float or bf16, the elements of maps and of weights packed for direct convolution.
+template <class T>
 void residual_block(const ResidualBlock& block);
 
 // Blocks one after the other, from x to out; their own x and out are set here. What is between them is scratch memory.
-void residual_chain(std::vector<ResidualBlock>& blocks, const float* x, float* out);
+template <class T>
+void residual_chain(std::vector<ResidualBlock>& blocks, const T* x, T* out);
 
 }  // namespace den

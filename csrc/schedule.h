@@ -25,6 +25,12 @@ inline int thread_index() {
 enum class Scratch { kWork, kMaps };
 float* scratch(Scratch kind, std::size_t floats);
 
+// Scratch memory is counted in floats, whatever lies in it.
+template <class T>
+T* elements(float* memory) {
+    return reinterpret_cast<T*>(memory);
+}
+
 // Given the cost of each sample, dearest first: how many of them run whole, one thread each. The others, too few to
 // keep all threads busy, are then run by all threads together. Only time depends on the answer, no result.
 int count_whole(const std::vector<double>& cost, int threads);

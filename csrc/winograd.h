@@ -11,6 +11,8 @@
 
 #include <cstddef>
 
+#include "kernels.h"
+
 namespace den {
 
 constexpr int kWinogradGroup = 32;  // output channels multiplied together
@@ -18,11 +20,12 @@ constexpr int kWinogradGroup = 32;  // output channels multiplied together
 inline int winograd_points(int tile) { return (tile + 2) * (tile + 2); }
 inline int winograd_groups(int channels) { return (channels + kWinogradGroup - 1) / kWinogradGroup; }
 
-// One tile of one sample.
+// One tile of one sample. V, U and M are float whatever the elements of the maps are.
+template <class T>
 struct WinogradTile {
-    const float* in;        // the sample's blocked map, padding included
-    float* out;             // the sample's output, addressed as ConvPass addresses it
-    const float* residual;  // addressed like out, or null
+    const T* in;            // the sample's blocked map, padding included
+    T* out;                 // the sample's output, addressed as BasicConvPass addresses it
+    const T* residual;      // addressed like out, or null
     const float* mul;       // epilogue of the sample's level: relu(y * mul[c] + add[c] + residual)
     const float* add;
     int row, col;               // first output pixel
@@ -30,6 +33,7 @@ struct WinogradTile {
 };
 
 // A convolution of some tiles. Neighbours in the list that have equal active channels are multiplied together.
+template <class T>
 struct WinogradPass {
     int tile;  // m
     std::ptrdiff_t in_row, in_block;
@@ -47,13 +51,14 @@ struct WinogradPass {
 };
 
 // The kernels of one instruction set.
+template <class T>
 struct WinogradKernels {
     // V of tiles [tile0, tile1) of the list, for their active input channels.
-    void (*input)(const WinogradPass& pass, const WinogradTile* tiles, int tile0, int tile1);
+    void (*input)(const WinogradPass<T>& pass, const WinogradTile<T>* tiles, int tile0, int tile1);
     // Output channel groups [group0, group1) of tiles [tile0, tile1), from their V. `products` is scratch for
     // winograd_product_floats(tile, tile1 - tile0).
-    void (*output)(const WinogradPass& pass, const WinogradTile* tiles, int tile0, int tile1, int group0, int group1,
-                   float* products);
+    void (*output)(const WinogradPass<T>& pass, const WinogradTile<T>* tiles, int tile0, int tile1, int group0,
+                   int group1, float* products);
 };
 
 // Floats between the points of an array of `floats` each: never a multiple of 4 KiB, which would put the points of a

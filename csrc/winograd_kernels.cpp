@@ -1,4 +1,4 @@
-// The Winograd kernels of one instruction set: compiled once for each, with DEN_ISA_* and the matching compiler flags.
+// The Winograd kernels of one instruction set for one element type: compiled once for each, as kernels.cpp is.
 //
 // No standard library here: its inline functions would be merged across instruction sets by the linker.
 #include "kernels.h"
@@ -7,23 +7,25 @@
 
 namespace {
 
-#if defined(DEN_ISA_AVX512)
-#define DEN_ISA_NAME avx512
+using Element = DEN_ELEMENT;
+using Pass = den::WinogradPass<Element>;
+using Tile = den::WinogradTile<Element>;
+
+#if defined(DEN_512)
 using Vec = Vec16;
 constexpr int kMaxTiles = 12;
 #elif defined(DEN_ISA_AVX2)
-#define DEN_ISA_NAME avx2
 using Vec = Vec8;
 constexpr int kMaxTiles = 6;
 #else
-#define DEN_ISA_NAME portable
 using Vec = Vec4;
 constexpr int kMaxTiles = 6;
 #endif
 
 using Reg = Vec::Reg;
 constexpr int kLanes = Vec::lanes;
-constexpr int kBlock = den::kBlock;
+constexpr int kBlock = den::kBlock;                  // channels in a block of V
+constexpr int kMapBlock = den::kMapBlock<Element>;  // channels in a block of a map
 constexpr int kGroup = den::kWinogradGroup;
 
 // One dimension of the transforms; `s` is the distance between neighbours.
@@ -78,18 +80,18 @@ struct Transform<4> {
 
 // V of one tile, a vector of channels at a time.
 template <int M>
-void input_tile(const den::WinogradPass& pass, const den::WinogradTile& tile, float* v) {
+void input_tile(const Pass& pass, const Tile& tile, float* v) {
     constexpr int side = Transform<M>::side;
-    const float* in = tile.in + tile.row * pass.in_row + tile.col * kBlock;
+    const Element* in = tile.in + tile.row * pass.in_row + tile.col * kMapBlock;
     for (int c = 0; c < tile.active_in; c += kLanes) {
-        const float* d = in + (c / kBlock) * pass.in_block + c % kBlock;
+        const Element* d = in + (c / kMapBlock) * pass.in_block + c % kMapBlock;
         float* to = v + (c / kBlock) * pass.v_block + c % kBlock;
         Reg rows[side * side];  // B^T d
 #pragma GCC unroll 6
         for (int x = 0; x < side; ++x) {
             Reg column[side];
 #pragma GCC unroll 6
-            for (int y = 0; y < side; ++y) column[y] = Vec::load(d + y * pass.in_row + x * kBlock);
+            for (int y = 0; y < side; ++y) column[y] = Vec::load(d + y * pass.in_row + x * kMapBlock);
             Transform<M>::input(column, 1, rows + x, side);
         }
 #pragma GCC unroll 6
@@ -102,7 +104,7 @@ void input_tile(const den::WinogradPass& pass, const den::WinogradTile& tile, fl
     }
 }
 
-void input(const den::WinogradPass& pass, const den::WinogradTile* tiles, int tile0, int tile1) {
+void input(const Pass& pass, const Tile* tiles, int tile0, int tile1) {
     for (int t = tile0; t < tile1; ++t)
         if (pass.tile == 4)
             input_tile<4>(pass, tiles[t], pass.v + t * kBlock);
@@ -154,7 +156,7 @@ struct Products {
 };
 
 // M of tiles of equal channels, for `vectors` vectors of one group.
-void multiply(const den::WinogradPass& pass, int first, int count, int channels, int vectors, const float* weight,
+void multiply(const Pass& pass, int first, int count, int channels, int vectors, const float* weight,
               float* products, std::ptrdiff_t product_point) {
     static constexpr Products<1> one;
     static constexpr Products<2> two;
@@ -178,7 +180,7 @@ void multiply(const den::WinogradPass& pass, int first, int count, int channels,
 
 // The outputs of one tile, a vector of channels at a time, and their epilogue.
 template <int M>
-void output_tile(const den::WinogradPass& pass, const den::WinogradTile& tile, int group, const float* products,
+void output_tile(const Pass& pass, const Tile& tile, int group, const float* products,
                  std::ptrdiff_t product_point) {
     constexpr int side = Transform<M>::side;
     const int first = group * kGroup;
@@ -199,8 +201,11 @@ void output_tile(const den::WinogradPass& pass, const den::WinogradTile& tile, i
         }
         const int channel = first + c;
         const Reg mul = Vec::load(tile.mul + channel), add = Vec::load(tile.add + channel);
-        const int lanes = pass.whole_blocks || count - c > kLanes ? kLanes : count - c;
-        const std::ptrdiff_t block = (channel / kBlock) * pass.out_block + channel % kBlock;
+        // In scratch a vector may be written beyond the active channels, but an odd number of them ends in a zero, for
+        // the pairs of a direct convolution.
+        const int left = count - c;
+        const bool whole = left >= kLanes || (pass.whole_blocks && left % den::kWord<Element> == 0);
+        const std::ptrdiff_t block = (channel / kMapBlock) * pass.out_block + channel % kMapBlock;
 #pragma GCC unroll 4
         for (int y = 0; y < M; ++y) {
             Reg line[M];
@@ -212,23 +217,26 @@ void output_tile(const den::WinogradPass& pass, const den::WinogradTile& tile, i
                 if (x >= cols) continue;
                 const std::ptrdiff_t place = row + pass.out_col[tile.col + x];
                 Reg value = Vec::fma(line[x], mul, add);
-                if (lanes == kLanes) {
+                Element* out = tile.out + place;
+                if (whole) {
                     if (tile.residual) value = Vec::add(value, Vec::load(tile.residual + place));
-                    Vec::store(tile.out + place, Vec::at_least(floor, value));
+                    Vec::store(out, Vec::at_least(floor, value));
                     continue;
                 }
-                alignas(64) float values[kLanes];
-                Vec::store(values, value);
-                for (int i = 0; i < lanes; ++i) {
-                    const float sum = tile.residual ? values[i] + tile.residual[place + i] : values[i];
-                    tile.out[place + i] = sum < lowest ? lowest : sum;
+                Element line[kLanes] = {};
+                if (tile.residual) {
+                    for (int i = 0; i < left; ++i) line[i] = tile.residual[place + i];
+                    value = Vec::add(value, Vec::load(line));
                 }
+                Vec::store(line, Vec::at_least(floor, value));
+                for (int i = 0; i < left; ++i) out[i] = line[i];
+                if (pass.whole_blocks) out[left] = Element{};
             }
         }
     }
 }
 
-void output(const den::WinogradPass& pass, const den::WinogradTile* tiles, int tile0, int tile1, int group0, int group1,
+void output(const Pass& pass, const Tile* tiles, int tile0, int tile1, int group0, int group1,
             float* products) {
     const std::ptrdiff_t product_point = den::winograd_pitch((std::ptrdiff_t)kGroup * (tile1 - tile0));
     for (int group = group0; group < group1; ++group) {
@@ -254,14 +262,15 @@ void output(const den::WinogradPass& pass, const den::WinogradTile* tiles, int t
     }
 }
 
-#define DEN_CONCAT2(a, b) a##b
-#define DEN_CONCAT(a, b) DEN_CONCAT2(a, b)
+#define DEN_CONCAT(element, isa) winograd_##element##_##isa
+#define DEN_NAME(element, isa) DEN_CONCAT(element, isa)
+#define DEN_TABLE DEN_NAME(DEN_ELEMENT, DEN_ISA)
 
 }  // namespace
 
 namespace den {
 
-extern const WinogradKernels DEN_CONCAT(winograd_, DEN_ISA_NAME);
-const WinogradKernels DEN_CONCAT(winograd_, DEN_ISA_NAME) = {input, output};
+extern const WinogradKernels<Element> DEN_TABLE;
+const WinogradKernels<Element> DEN_TABLE = {input, output};
 
 }  // namespace den

@@ -1,5 +1,5 @@
-"""The C++ kernels against `den_kernels.reference`: every instruction set of this machine, poisoned inputs and outputs,
-batch mates that must not matter. N samples, C channels, L levels."""
+"""The fused residual block of the C++ kernels against `den_kernels.reference`: every instruction set of this machine,
+poisoned inputs and outputs, batch mates that must not matter. N samples, C channels, L levels."""
 
 from __future__ import annotations
 
@@ -36,110 +36,6 @@ def _restore_isa_and_threads():
 
 def close(actual, expected) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-
-
-# The primitive
-
-
-@st.composite
-def conv_cases(draw):
-    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
-    group_in = draw(st.sampled_from([1, 3, 4, 8, 11, 16, 24, 40]))
-    group_out = draw(st.sampled_from([1, 2, 5, 8, 12, 16, 20, 32, 48, 64, 72]))
-    kernel = draw(st.sampled_from([(1, 1), (3, 3), (3, 3), (2, 3), (5, 1), (7, 7)]))
-    dilation = draw(st.sampled_from([(1, 1), (1, 1), (2, 1), (2, 3)]))
-    stride = draw(st.sampled_from([(1, 1), (1, 1), (2, 2), (3, 1), (1, 2)]))
-    padding = (draw(st.integers(0, 3)), draw(st.integers(0, 3)))
-    least = [max(1, dilation[d] * (kernel[d] - 1) + 1 - 2 * padding[d]) for d in (0, 1)]
-    size = [least[d] + draw(st.integers(0, 17)) for d in (0, 1)]
-    samples = draw(st.integers(1, 7))
-    widths = []
-    for channels, step in ((groups * group_in, group_in), (groups * group_out, group_out)):
-        step = step if groups > 1 else 1
-        some = st.lists(st.integers(0, channels // step), min_size=samples, max_size=samples)
-        widths.append(draw(st.one_of(st.none(), some.map(lambda ws, s=step: [s * w for w in ws]))))
-    return {
-        "shape": (samples, groups * group_in, *size),
-        "weight": (groups * group_out, group_in, *kernel),
-        "in_width": widths[0],
-        "out_width": widths[1],
-        "geometry": (stride, padding, dilation, groups),
-        "bias": draw(st.booleans()),
-        "channels_last": draw(st.booleans()),
-        "index": draw(st.sampled_from([torch.int32, torch.int64])),
-        "threads": draw(st.integers(1, 3)),
-        "seed": draw(st.integers(0, 1000)),
-    }
-
-
-@isas
-@settings(max_examples=80, deadline=None)
-@given(case=conv_cases())
-def test_conv2d_equals_the_reference(isa, case) -> None:
-    cpu.set_isa(isa)
-    torch.set_num_threads(case["threads"])
-    torch.manual_seed(case["seed"])
-    x, weight = torch.randn(case["shape"]), torch.randn(case["weight"]) * 0.1
-    bias = torch.randn(weight.shape[0]) if case["bias"] else None
-    if case["channels_last"]:
-        x = x.contiguous(memory_format=torch.channels_last)
-    in_width, out_width = (
-        None if case[name] is None else torch.tensor(case[name], dtype=case["index"])
-        for name in ("in_width", "out_width")
-    )
-    stride, padding, dilation, groups = case["geometry"]
-    expected = reference.den_conv2d(
-        x, weight, bias, in_width, out_width, stride=stride, padding=padding, dilation=dilation, groups=groups
-    )
-    for n, width in enumerate(case["in_width"] or []):
-        x[n, width:] = NAN
-    empty = torch.empty
-    cpu.torch.empty = lambda *a, **k: empty(*a, **k).fill_(NAN)
-    try:
-        y = cpu.conv2d(x, weight, bias, in_width, out_width, *case["geometry"])
-    finally:
-        cpu.torch.empty = empty
-    close(y, expected)
-    for n, width in enumerate(case["out_width"] or []):
-        assert torch.equal(y[n, width:], torch.zeros_like(y[n, width:]))
-    if case["channels_last"]:
-        assert y.is_contiguous(memory_format=torch.channels_last)
-
-
-@isas
-def test_conv2d_sample_does_not_depend_on_batch_mates_or_threads(isa) -> None:
-    cpu.set_isa(isa)
-    x = torch.randn(5, 40, 13, 13).contiguous(memory_format=torch.channels_last)
-    weight, bias = torch.randn(72, 40, 3, 3), torch.randn(72)
-    geometry = ((1, 1), (1, 1), (1, 1), 1)
-    results = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        for others in (0, 7, 40):
-            in_width = torch.tensor([others, 19, others, 40, others])
-            out_width = torch.tensor([72, 53, others, 72, 1])
-            results.append(cpu.conv2d(x, weight, bias, in_width, out_width, *geometry)[[1, 3]])
-            permuted = torch.tensor([4, 3, 0, 1, 2])
-            y = cpu.conv2d(x[permuted], weight, bias, in_width[permuted], out_width[permuted], *geometry)
-            results.append(y[[3, 1]])
-    assert all(torch.equal(r, results[0]) for r in results)
-
-
-@pytest.mark.parametrize(
-    ("in_width", "out_width", "groups", "message"),
-    [
-        ([1, 9], None, 1, r"in_width\[1\] is 9; it must be between 0 and the 8 channels"),
-        ([-1, 2], None, 1, r"in_width\[0\] is -1;"),
-        (None, [0, 13], 1, r"out_width\[1\] is 13; it must be between 0 and the 12 channels"),
-        ([8, 2], None, 2, r"in_width\[1\] is 2; with groups=2 it must be a multiple of 4 channels"),
-        (None, [7, 6], 2, r"out_width\[0\] is 7; with groups=2 it must be a multiple of 6 channels"),
-    ],
-)
-def test_conv2d_names_a_width_out_of_range(in_width, out_width, groups, message) -> None:
-    x, weight = torch.zeros(2, 8, 5, 5), torch.zeros(12, 8 // groups, 3, 3)
-    widths = (None if w is None else torch.tensor(w) for w in (in_width, out_width))
-    with pytest.raises(ValueError, match=message):
-        cpu.conv2d(x, weight, None, *widths, (1, 1), (1, 1), (1, 1), groups)
 
 
 # The fused residual block
@@ -338,7 +234,7 @@ def test_residual_block_names_what_is_wrong(change, message) -> None:
         )  # fmt: skip
 
 
-def test_packed_floats_of_a_nested_width_are_a_prefix() -> None:
+def test_packed_weights_of_a_nested_width_are_a_prefix() -> None:
     weight = torch.randn(64, 32, 3, 3)
     whole = cpu.pack_weight(weight, 1).view(4, 32 * 9 * 16)
     part = cpu.pack_weight(weight[:32, :16], 1).view(2, 16 * 9 * 16)
@@ -372,6 +268,8 @@ print(Path("/proc/self/maps").read_text())
 
 
 def test_rejects_what_it_does_not_take() -> None:
-    assert cpu.rejects(torch.device("cpu"), torch.float32) is None
-    assert "takes float32, got torch.bfloat16" in (cpu.rejects(torch.device("cpu"), torch.bfloat16) or "")
-    assert "takes CPU tensors" in (cpu.rejects(torch.device("cuda", 0), torch.float32) or "")
+    device = torch.device("cpu")
+    for dtype in (torch.float32, torch.bfloat16):
+        assert cpu.rejects(device, dtype) is None
+    assert "takes float32 and bfloat16, got torch.float16" in cpu.rejects(device, torch.float16)
+    assert "takes CPU tensors" in cpu.rejects(torch.device("cuda", 0), torch.float32)

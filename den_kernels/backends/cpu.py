@@ -1,8 +1,9 @@
-"""The `cpu` backend: the C++ kernels of csrc/, for float32 on a CPU.
+"""The `cpu` backend: the C++ kernels of csrc/, for float32 and bfloat16 on a CPU.
 
-Forward of the elastic convolution, and the fused residual block for inference. Each sample runs its own width: nothing
-is gathered or sorted, and no primitive is built for a shape. The extension links no torch: tensors go in as addresses,
-so everything about them is checked before the call (shapes and dtypes in `functional.py`, values in `bindings.cpp`).
+Forward of the elastic convolution, and fused residual blocks for inference; bfloat16 is summed in float32. Each sample
+runs its own width: nothing is gathered or sorted, and no primitive is built for a shape. The extension links no torch:
+tensors go in as addresses, so everything about them is checked before the call (shapes and dtypes in `functional.py`,
+values in `bindings.cpp`).
 
 Symbols: N samples, C channels, H W space, L levels.
 """
@@ -54,12 +55,16 @@ def _extension() -> ModuleType:
     return extension
 
 
+# By the names that the extension knows them by.
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
 def rejects(device: torch.device, dtype: torch.dtype) -> str | None:
     """None when the backend takes tensors of this device and dtype, else why it does not."""
     if device.type != "cpu":
         return f"backend 'cpu' takes CPU tensors, got device {device}"
-    if dtype != torch.float32:
-        return f"backend 'cpu' takes float32, got {dtype}"
+    if dtype not in _DTYPES:
+        return f"backend 'cpu' takes {' and '.join(_DTYPES.values())}, got {dtype}"
     return None
 
 
@@ -96,11 +101,19 @@ def conv2d(
     dilation: Pair,
     groups: int,
 ) -> Tensor:
-    """The elastic convolution, x [N, C, H, W] float32 -> [N, C_out, H_out, W_out]; channels_last if x is.
+    """The elastic convolution, x [N, C, H, W] -> [N, C_out, H_out, W_out] of its dtype; channels_last if x is.
 
-    Raises ValueError for a width out of range or, with groups, not of whole groups.
+    float32 or bfloat16, all tensors alike. Raises ValueError for a width out of range or, with groups, not of whole
+    groups.
     """
     extension = _extension()
+    if x.dtype == torch.bfloat16 and groups > 1 and weight.shape[1] % 2:
+        # bfloat16 channels are multiplied in pairs, and here a pair would lie in two groups.
+        y = conv2d(
+            x.float(), weight.float(), None if bias is None else bias.float(),
+            in_width, out_width, stride, padding, dilation, groups,
+        )  # fmt: skip
+        return y.to(x.dtype)
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     x_NHWC = x if channels_last else x.contiguous(memory_format=torch.channels_last)
     weight = weight.contiguous()
@@ -114,6 +127,7 @@ def conv2d(
     )
     out = torch.empty((N, C_out, H_out, W_out), dtype=x.dtype, memory_format=torch.channels_last)
     extension.conv2d(
+        _DTYPES[x.dtype],
         x_NHWC.data_ptr(),
         weight.data_ptr(),
         _address(bias),
@@ -171,10 +185,10 @@ def pack_weights(weight: Tensor, stride: int, groups: int, winograd: bool) -> tu
 
 
 def pack_weight(weight: Tensor, groups: int, winograd: int = 0) -> Tensor:
-    """Weights [C_out, C_in/groups, K, K] float32 as `residual_block` reads them: a flat tensor.
+    """Weights [C_out, C_in/groups, K, K] as `residual_block` reads them: a flat tensor.
 
-    winograd: 2 or 4 transforms them for tiles of that many outputs a side (csrc/winograd.h); 0: csrc/pack.h. The sizes
-    differ, which is how `residual_block` knows.
+    winograd: 2 or 4 transforms them for tiles of that many outputs a side, in float32 (csrc/winograd.h); 0: as they
+    are, in their dtype (csrc/pack.h). The sizes differ, which is how `residual_block` knows.
     """
     extension = _extension()
     weight = weight.detach().contiguous()
@@ -182,11 +196,13 @@ def pack_weight(weight: Tensor, groups: int, winograd: int = 0) -> Tensor:
     threads = torch.get_num_threads()
     if winograd:
         packed = torch.empty(extension.winograd_packed_floats(winograd, C_out, group_in), dtype=torch.float32)
+        weight = weight.float()
         extension.winograd_pack(winograd, weight.data_ptr(), packed.data_ptr(), C_out, group_in, threads)
         return packed
     taps = kernel[0] * kernel[1]
-    packed = torch.empty(extension.packed_floats(C_out, group_in, taps, groups), dtype=torch.float32)
-    extension.pack_weight(weight.data_ptr(), packed.data_ptr(), C_out, group_in, taps, groups, threads)
+    shape = (C_out, group_in, taps, groups)
+    packed = torch.empty(extension.packed_elements(_DTYPES[weight.dtype], *shape), dtype=weight.dtype)
+    extension.pack_weight(_DTYPES[weight.dtype], weight.data_ptr(), packed.data_ptr(), *shape, threads)
     return packed
 
 
@@ -209,13 +225,13 @@ def residual_chain(
 ) -> None:
     """Residual blocks one after the other in one call; the maps between them are scratch memory of the extension.
 
-    x, out: float32; out may be x when there is one block and the shapes agree. level, order: int32
-    [B, N] (or [N] for one block), contiguous. tensors, spec: the blocks, from `den_kernels.block.flatten`, with weights
+    x, out: float32 or bfloat16; out may be x when there is one block and the shapes agree. level, order: int32 [B, N]
+    (or [N] for one block), contiguous. tensors, spec: the blocks, from `den_kernels.block.flatten`, with weights
     from `pack_weight`, scales and shifts float32, contiguous. Raises ValueError for a level, an order or widths out
     of range, or packed weights of another shape.
     """
     N, C, H, W = x.shape
-    chain = _chain(tuple(t.data_ptr() for t in tensors), tuple(spec))
+    chain = _chain(_DTYPES[x.dtype], tuple(t.data_ptr() for t in tensors), tuple(spec))
     for name, value in (("level", level), ("order", order)):
         if value.dtype != torch.int32 or value.numel() != chain.blocks * N or not value.is_contiguous():
             raise ValueError(
@@ -239,6 +255,6 @@ def residual_chain(
 
 
 @functools.lru_cache(maxsize=256)
-def _chain(addresses: tuple[int, ...], spec: tuple[int, ...]) -> Any:
+def _chain(dtype: str, addresses: tuple[int, ...], spec: tuple[int, ...]) -> Any:
     """The native form of a chain, which these numbers determine: it holds addresses, no values."""
-    return _extension().Chain(addresses, spec)
+    return _extension().Chain(dtype, addresses, spec)
