@@ -199,6 +199,11 @@ def pack_weight(weight: Tensor, groups: int, winograd: int = 0) -> Tensor:
         weight = weight.float()
         extension.winograd_pack(winograd, weight.data_ptr(), packed.data_ptr(), C_out, group_in, threads)
         return packed
+    if weight.dtype == torch.bfloat16 and groups > 1 and group_in % 2:
+        raise ValueError(
+            f"weight has {group_in} input channels a group in bfloat16, which is multiplied in pairs of channels: "
+            "use float32, or backend='grouped'"
+        )
     taps = kernel[0] * kernel[1]
     shape = (C_out, group_in, taps, groups)
     packed = torch.empty(extension.packed_elements(_DTYPES[weight.dtype], *shape), dtype=weight.dtype)
