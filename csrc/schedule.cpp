@@ -2,8 +2,13 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <new>
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace den {
 
@@ -22,6 +27,12 @@ float* scratch(std::size_t floats) {
         memory.reset(static_cast<float*>(p));
         capacity = bytes / sizeof(float);
     }
+#ifdef __SANITIZE_ADDRESS__
+    // What is kept from an earlier call hides nothing: reading beyond the end fails, and reading the old contents gives NaN.
+    ASAN_UNPOISON_MEMORY_REGION(memory.get(), capacity * sizeof(float));
+    std::fill_n(memory.get(), floats, std::numeric_limits<float>::quiet_NaN());
+    ASAN_POISON_MEMORY_REGION(memory.get() + floats, (capacity - floats) * sizeof(float));
+#endif
     return memory.get();
 }
 
