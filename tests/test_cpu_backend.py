@@ -88,9 +88,11 @@ def test_conv2d_equals_the_reference(isa, case) -> None:
         for name in ("in_width", "out_width")
     )
     stride, padding, dilation, groups = case["geometry"]
+    # In float64: torch 2.13 convolves one float32 channel in channels_last wrongly when a strided row has one output.
+    wide = [None if t is None else t.double() for t in (x, weight, bias)]
     expected = reference.den_conv2d(
-        x, weight, bias, in_width, out_width, stride=stride, padding=padding, dilation=dilation, groups=groups
-    )
+        *wide, in_width, out_width, stride=stride, padding=padding, dilation=dilation, groups=groups
+    ).float()
     for n, width in enumerate(case["in_width"] or []):
         x[n, width:] = NAN
     empty = torch.empty
