@@ -106,6 +106,8 @@ void residual_chain(std::vector<ResidualBlock>& blocks, const T* x, T* out) {
     for (const ResidualBlock& block : blocks) residual_block<T>(block);
 }
 
+template void residual_block<float>(const ResidualBlock&);
+template void residual_block<bf16>(const ResidualBlock&);
 template void residual_chain(std::vector<ResidualBlock>&, const float*, float*);
 template void residual_chain(std::vector<ResidualBlock>&, const bf16*, bf16*);
 

@@ -2,8 +2,13 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <new>
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace den {
 
@@ -26,7 +31,14 @@ float* scratch(Scratch kind, std::size_t floats) {
         memory.floats.reset(static_cast<float*>(p));
         memory.capacity = bytes / sizeof(float);
     }
-    return memory.floats.get();
+    float* start = memory.floats.get();
+#ifdef __SANITIZE_ADDRESS__
+    // What is kept from an earlier call hides nothing: reading beyond the end fails, and reading the old contents gives NaN.
+    ASAN_UNPOISON_MEMORY_REGION(start, memory.capacity * sizeof(float));
+    std::fill_n(start, floats, std::numeric_limits<float>::quiet_NaN());
+    ASAN_POISON_MEMORY_REGION(start + floats, (memory.capacity - floats) * sizeof(float));
+#endif
+    return start;
 }
 
 int count_whole(const std::vector<double>& cost, int threads) {
