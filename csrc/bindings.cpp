@@ -140,12 +140,12 @@ public:
         std::size_t a = 0, s = 0;
         while (s < spec.size()) {
             const int convs = int(spec[s]), hidden = int(spec[s + 1]), out_channels = int(spec[s + 2]);
-            const bool pre = spec[s + 4];
+            const bool pre = spec[s + 4], projection = spec[s + 6];
             den::ResidualBlock block{};
             block.levels = int(spec[s + 3]);
             block.relu = spec[s + 5];
             block.widths = at<const int>(addresses.at(a));
-            const std::int64_t* of = spec.data() + s + 6;
+            const std::int64_t* of = spec.data() + s + 7;
             for (int i = 0; i < convs; ++i) {
                 const auto table = [&](int kind) { return at<const float>(addresses.at(a + 1 + kind * convs + i)); };
                 block.convs.push_back({table(0), table(1), table(2), i + 1 < convs ? hidden : out_channels, int(of[i]),
@@ -158,7 +158,12 @@ public:
                 block.pre_shift = at<const float>(addresses.at(a + 1));
                 a += 2;
             }
-            s += 6 + 4 * convs;
+            if (projection) {
+                const auto table = [&](int kind) { return at<const float>(addresses.at(a + kind)); };
+                block.projection = {table(0), table(1), table(2), out_channels, 1, 1, 1, 0};
+                a += 3;
+            }
+            s += 7 + 4 * convs;
             blocks_.push_back(std::move(block));
         }
     }

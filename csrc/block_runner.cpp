@@ -35,8 +35,13 @@ BlockRunner<T>::BlockRunner(const ResidualBlock& block) : block_(block), kernels
     }
     out_channels_ = channels, out_height_ = height, out_width_ = width;
     out_columns_ = nhwc_columns(width, channels);
+    if (block.projection.weight) {
+        projection_.emplace_back(ConvShape{block.channels, channels, 1, block.height, block.width,
+                                           {1, 1}, {pool_, pool_}, {0, 0}, {1, 1}});
+        bench_floats_ = std::max(bench_floats_, projection_[0].floats() + 2 * scale_floats(block.projection));
+    }
     // Of equal shapes the shortcut is x itself (a strided block of a map of one pixel too).
-    plain_shortcut_ = height == block.height && width == block.width && channels == block.channels;
+    plain_shortcut_ = projection_.empty() && height == block.height && width == block.width && channels == block.channels;
 }
 
 template <class T>
@@ -84,8 +89,7 @@ void BlockRunner<T>::load_scales(float* workspace, int n) const {
 }
 
 template <class T>
-void BlockRunner<T>::load_rows(float* workspace, int n, int row0, int row1) const {
-    const BasicBlockedMap<T>& map = maps_[0];
+void BlockRunner<T>::load_rows(const BasicBlockedMap<T>& map, T* to, int n, int row0, int row1, bool norm) const {
     const std::ptrdiff_t in_row = std::ptrdiff_t(block_.width) * block_.channels;
     BasicMapLoad<T> load{};
     load.in = x(n);
@@ -93,9 +97,8 @@ void BlockRunner<T>::load_rows(float* workspace, int n, int row0, int row1) cons
     load.in_pixel = block_.channels;
     load.width = block_.width;
     load.channels = block_.channels;
-    load.mul = block_.pre_scale;
-    load.add = block_.pre_shift;
-    load.out = map.image(this->map(workspace, 0));
+    if (norm) load.mul = block_.pre_scale, load.add = block_.pre_shift;
+    load.out = map.image(to);
     load.out_row = map.row_pitch();
     load.out_block = map.block_pitch();
     load.out_col = map.read_columns();
@@ -104,15 +107,44 @@ void BlockRunner<T>::load_rows(float* workspace, int n, int row0, int row1) cons
 }
 
 template <class T>
-void BlockRunner<T>::shortcut(int n, int row0, int row1) const {
+void BlockRunner<T>::shortcut(int n, int row0, int row1, float* bench) const {
+    if (plain_shortcut_) {
+        const std::ptrdiff_t row = std::ptrdiff_t(out_width_) * out_channels_;
+        std::copy_n(x(n) + row0 * row, (row1 - row0) * row, out(n) + row0 * row);
+    } else if (projection_.empty()) {
+        pool(n, row0, row1);
+    } else {
+        project(n, row0, row1, bench);
+    }
+}
+
+template <class T>
+void BlockRunner<T>::project(int n, int row0, int row1, float* bench) const {
+    const BasicBlockedMap<T>& map = projection_[0];
+    const BlockConv& conv = block_.projection;
+    T* in = elements<T>(bench);
+    float* mul = bench + map.floats();
+    float* add = mul + scale_floats(conv);
+    const std::size_t row = std::size_t(block_.level[n]) * conv.out_channels;
+    std::copy_n(conv.scale + row, conv.out_channels, mul);
+    std::copy_n(conv.shift + row, conv.out_channels, add);
+    load_rows(map, in, n, row0 * pool_, std::min(row1 * pool_, block_.height), false);
+    BasicConvPass<T> pass = map.pass(in, static_cast<const T*>(conv.weight), block_.channels, out_channels_);
+    pass.mul = mul;
+    pass.add = add;
+    pass.out = out(n);
+    pass.out_row = std::ptrdiff_t(out_width_) * out_channels_;
+    pass.out_block = kMapBlock<T>;
+    pass.out_col = out_columns_.data();
+    kernels_.conv(pass, 0, map.conv().units(out_channels_), row0, row1);
+}
+
+template <class T>
+void BlockRunner<T>::pool(int n, int row0, int row1) const {
     const std::ptrdiff_t out_row = std::ptrdiff_t(out_width_) * out_channels_;
     const std::ptrdiff_t in_row = std::ptrdiff_t(block_.width) * block_.channels;
     const T* in = x(n);
     T* to = out(n);
-    if (plain_shortcut_) {
-        std::copy_n(in + row0 * in_row, (row1 - row0) * in_row, to + row0 * out_row);
-        return;
-    }
     const int channels = std::min(block_.channels, out_channels_);
     std::vector<float> sums(channels);
     for (int row = row0; row < row1; ++row)
@@ -135,13 +167,13 @@ void BlockRunner<T>::shortcut(int n, int row0, int row1) const {
 }
 
 template <class T>
-void BlockRunner<T>::prepare_part(float* workspace, int n, int part, int parts) const {
+void BlockRunner<T>::prepare_part(float* workspace, int n, int part, int parts, float* bench) const {
     if (part == 0) {
         zero_borders(workspace);
         load_scales(workspace, n);
     }
-    load_rows(workspace, n, block_.height * part / parts, block_.height * (part + 1) / parts);
-    if (!plain_shortcut_) shortcut(n, out_height_ * part / parts, out_height_ * (part + 1) / parts);
+    load_rows(maps_[0], map(workspace, 0), n, block_.height * part / parts, block_.height * (part + 1) / parts, true);
+    if (!plain_shortcut_) shortcut(n, out_height_ * part / parts, out_height_ * (part + 1) / parts, bench);
 }
 
 // Convolution i of sample n: into the next map, or into the output with the shortcut added.
@@ -246,8 +278,8 @@ void BlockRunner<T>::run_team(float* workspaces, const int* samples, int count, 
     for (int s = 0; s < count; ++s) {
         float* workspace = workspaces + s * workspace_floats_;
         load_scales(workspace, samples[s]);
-        load_rows(workspace, samples[s], 0, block_.height);
-        if (!plain_shortcut_) shortcut(samples[s], 0, out_height_);
+        load_rows(maps_[0], map(workspace, 0), samples[s], 0, block_.height, true);
+        if (!plain_shortcut_) shortcut(samples[s], 0, out_height_, bench);
     }
     for (int i = 0; i < convs(); ++i) {
         if (!is_winograd(i)) {

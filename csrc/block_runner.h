@@ -33,13 +33,13 @@ public:
 
     // Zeros around the maps, written once: samples only write inside.
     void zero_borders(float* workspace) const;
-    // out rows = shortcut(x): average pooling (partial windows divide by what is inside), then zero channels.
-    void shortcut(int n, int row0, int row1) const;
+    // out rows = shortcut(x), worked out in a thread's bench.
+    void shortcut(int n, int row0, int row1, float* bench) const;
     // Everything, for `count` samples in workspaces that follow each other.
     void run_team(float* workspaces, const int* samples, int count, float* bench) const;
 
     // A shared sample: part `part` of `parts` of what comes before the convolutions.
-    void prepare_part(float* workspace, int n, int part, int parts) const;
+    void prepare_part(float* workspace, int n, int part, int parts, float* bench) const;
     // Direct convolution i of a shared sample, cut for several threads.
     bool is_winograd(int i) const { return block_.convs[i].winograd != 0; }
     Cut cut(int i, int n, int parts) const { return Cut(maps_[i].conv(), active_in(i, n), active_out(i, n), parts); }
@@ -68,7 +68,11 @@ private:
     bool split_groups(int i, int tiles) const;  // whether threads share V and take output channels each
 
     void load_scales(float* workspace, int n) const;
-    void load_rows(float* workspace, int n, int row0, int row1) const;
+    // Rows of sample n into a map, through the norm in front if `norm`.
+    void load_rows(const BasicBlockedMap<T>& map, T* to, int n, int row0, int row1, bool norm) const;
+    // Average pooling (partial windows divide by what is inside), then zero channels.
+    void pool(int n, int row0, int row1) const;
+    void project(int n, int row0, int row1, float* bench) const;
     std::vector<WinogradTile<T>> tiles(int i, float* workspaces, const int* samples, int count) const;
     WinogradPass<T> winograd_pass(int i, float* v, int tiles) const;
     void winograd_chunk(int i, const WinogradTile<T>* tiles, int count, float* bench) const;
@@ -76,6 +80,7 @@ private:
     const ResidualBlock& block_;
     const BasicKernels<T>& kernels_;
     std::vector<BasicBlockedMap<T>> maps_;  // read by convolution i
+    std::vector<BasicBlockedMap<T>> projection_;  // what the projection reads, if there is one
     std::vector<std::size_t> map_at_, scale_at_;
     std::size_t workspace_floats_ = 0, bench_floats_ = 0;
     std::vector<std::ptrdiff_t> out_columns_;

@@ -53,11 +53,11 @@ void residual_block(const ResidualBlock& block) {
             run.run_team(workspaces, active.data() + first, std::min(team, int(active.size()) - first), bench);
         }
 #pragma omp for schedule(dynamic, 1) nowait
-        for (int i = 0; i < idles; ++i) run.shortcut(idle[i], 0, run.out_height());
+        for (int i = 0; i < idles; ++i) run.shortcut(idle[i], 0, run.out_height(), bench);
         if (shares) {
 #pragma omp for schedule(dynamic, 1)
             for (int i = 0; i < shares * parts; ++i)
-                run.prepare_part(shared_memory + i / parts * floats, shared[i / parts], i % parts, parts);
+                run.prepare_part(shared_memory + i / parts * floats, shared[i / parts], i % parts, parts, bench);
             for (int c = 0; c < run.convs(); ++c) {
                 if (run.is_winograd(c)) {
                     run.shared_winograd(c, shared_memory, shared, shared_v, bench, threads);

@@ -24,6 +24,9 @@ struct ResidualBlock {
     const int* widths;  // [levels], ascending, at most the hidden channels; whole groups
     int levels;
     std::vector<BlockConv> convs;
+    // The shortcut as a 1x1 convolution of the block's stride, at every level, or (no weight) the one without parameters:
+    // average pooling and zero channels.
+    BlockConv projection;
     const float* pre_scale;  // [channels], or null
     const float* pre_shift;
     bool relu;

@@ -17,7 +17,8 @@ class BlockArguments(NamedTuple):
     """What a residual block computes with, behind its input and levels; see `reference.residual_block`.
 
     widths: int32 [L]. weight: packed by a backend, one a convolution, like scale and shift [L, C], kernel_size, stride
-    and groups. pre_scale, pre_shift: [C], or None.
+    and groups. pre_scale, pre_shift: [C], or None. projection: a packed 1x1 weight and its scale and shift [L, C], or
+    nothing.
     """
 
     widths: Tensor
@@ -29,6 +30,7 @@ class BlockArguments(NamedTuple):
     kernel_size: Sequence[int]
     stride: Sequence[int]
     groups: Sequence[int]
+    projection: Sequence[Tensor]
     relu: bool
 
 
@@ -36,8 +38,8 @@ def flatten(blocks: Sequence[BlockArguments]) -> tuple[list[Tensor], list[int]]:
     """The tensors of all blocks, and integers that say how to put the blocks together again.
 
     The integers of each block: convolutions k, hidden and output channels, levels, whether there is a norm in front and
-    a ReLU behind, then k each of kernel sizes, strides, groups and the numbers of packed weights. Its tensors: widths,
-    k weights, k scales, k shifts, and the scale and shift in front.
+    a ReLU behind, whether there is a projection, then k each of kernel sizes, strides, groups and the numbers of packed
+    weights. Its tensors: widths, k weights, k scales, k shifts, the norm in front, the projection and its norm.
     """
     tensors: list[Tensor] = []
     spec: list[int] = []
@@ -46,8 +48,10 @@ def flatten(blocks: Sequence[BlockArguments]) -> tuple[list[Tensor], list[int]]:
         pre = block.pre_scale is not None and block.pre_shift is not None
         if block.pre_scale is not None and block.pre_shift is not None:
             tensors += (block.pre_scale, block.pre_shift)
+        tensors += block.projection
         levels, hidden = block.scale[0].shape
         spec += (len(block.weight), hidden, block.scale[-1].shape[1], levels, pre, block.relu)
+        spec.append(len(block.projection) > 0)
         spec += (*block.kernel_size, *block.stride, *block.groups, *(w.numel() for w in block.weight))
     return tensors, spec
 
@@ -57,17 +61,16 @@ def unflatten(tensors: Sequence[Tensor], spec: Sequence[int]) -> list[BlockArgum
     blocks: list[BlockArguments] = []
     t = s = 0
     while s < len(spec):
-        k, _, _, _, pre, relu = spec[s : s + 6]
+        k, _, _, _, pre, relu, projected = spec[s : s + 7]
         weight, scale, shift = (tensors[t + 1 + i * k : t + 1 + (i + 1) * k] for i in range(3))
-        kernel_size, stride, groups = (spec[s + 6 + i * k : s + 6 + (i + 1) * k] for i in range(3))
-        after = t + 1 + 3 * k
-        pre_scale, pre_shift = (tensors[after], tensors[after + 1]) if pre else (None, None)
-        blocks.append(
-            BlockArguments(
-                tensors[t], weight, scale, shift, pre_scale, pre_shift, kernel_size, stride, groups, bool(relu)
-            )
-        )
-        t, s = after + 2 * pre, s + 6 + 4 * k
+        kernel_size, stride, groups = (spec[s + 7 + i * k : s + 7 + (i + 1) * k] for i in range(3))
+        widths, t = tensors[t], t + 1 + 3 * k
+        pre_scale, pre_shift = (tensors[t], tensors[t + 1]) if pre else (None, None)
+        t += 2 * pre
+        projection = tensors[t : t + 3 * projected]
+        t, s = t + 3 * projected, s + 7 + 4 * k
+        form = (kernel_size, stride, groups, projection, bool(relu))
+        blocks.append(BlockArguments(widths, weight, scale, shift, pre_scale, pre_shift, *form))
     return blocks
 
 
@@ -83,8 +86,8 @@ def chain_output(x: Tensor, spec: Sequence[int]) -> Tensor:
     s = 0
     while s < len(spec):
         k = spec[s]
-        shape = output_shape(shape, spec[s + 2], spec[s + 6 + k : s + 6 + 2 * k])
-        s += 6 + 4 * k
+        shape = output_shape(shape, spec[s + 2], spec[s + 7 + k : s + 7 + 2 * k])
+        s += 7 + 4 * k
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 

@@ -30,6 +30,8 @@ class FusedResidualBlock(nn.Module):
         widths: hidden width of each level, ascending.
         strides, groups: of each convolution (groups: None for 1).
         pre_scale, pre_shift: [T, C], the norm (with ReLU) before the first convolution: pre-activation.
+        projection: the shortcut as a 1x1 convolution of the block's stride: its weight [O, C, 1, 1] and its folded
+            norm's scale and shift, [T, L, O]. None: average pooling and zero channels. Not on the triton backend.
         relu: apply a ReLU after the addition (post-activation).
         winograd: let the backend compute 3x3 convolutions of stride 1 by Winograd's algorithm, where it has it: about
             three times as fast in float32, with a largest error near 1e-5 of the largest value in place of 1e-6.
@@ -38,6 +40,9 @@ class FusedResidualBlock(nn.Module):
 
     pre_scale: Tensor | None
     pre_shift: Tensor | None
+    projection: Tensor | None
+    projection_scale: Tensor
+    projection_shift: Tensor
 
     def __init__(
         self,
@@ -50,15 +55,18 @@ class FusedResidualBlock(nn.Module):
         groups: Sequence[int] | None = None,
         pre_scale: Tensor | None = None,
         pre_shift: Tensor | None = None,
+        projection: tuple[Tensor, Tensor, Tensor] | None = None,
         relu: bool = False,
         winograd: bool = True,
         backend: str = "auto",
     ) -> None:
         super().__init__()
         groups = [1] * len(weights) if groups is None else list(groups)
-        _check_block(weights, scales, shifts, widths, strides, groups, pre_scale, pre_shift)
+        _check_block(weights, scales, shifts, widths, strides, groups, pre_scale, pre_shift, projection)
         first = weights[0]
         chosen = resolve(backend, first.device, first.dtype)
+        if projection is not None and chosen.NAME == "triton":
+            raise ValueError("projection is given; the triton backend's blocks have parameter-free shortcuts only")
         self.backend: str = chosen.NAME
         self._few_tiles: int = chosen.FEW_TILES
         self.kernel_sizes = [w.shape[2] for w in weights]
@@ -73,6 +81,12 @@ class FusedResidualBlock(nn.Module):
             self.register_buffer(f"shift{i}", shifts[i].detach().float().contiguous())
         self.register_buffer("pre_scale", None if pre_scale is None else pre_scale.detach().float().contiguous())
         self.register_buffer("pre_shift", None if pre_shift is None else pre_shift.detach().float().contiguous())
+        self.register_buffer("projection", None)
+        if projection is not None:
+            weight, scale, shift = (part.detach() for part in projection)
+            self.projection = chosen.pack_weights(weight, math.prod(strides), 1, False)[0]
+            self.register_buffer("projection_scale", scale.float().contiguous())
+            self.register_buffer("projection_shift", shift.float().contiguous())
         self._arguments: dict[tuple[int, bool], BlockArguments] = {}
 
     def _apply(self, fn, recurse=True):
@@ -94,6 +108,10 @@ class FusedResidualBlock(nn.Module):
             if small:
                 weights = [w if own is None else own for w, own in zip(weights, few, strict=True)]
             widths = cast(Tensor, self.widths)
+            projection: list[Tensor] = []
+            if self.projection is not None:
+                tables = self.projection_scale[set_index], self.projection_shift[set_index]
+                projection = [self.projection, *tables]
             self._arguments[key] = BlockArguments(
                 widths,
                 weights,
@@ -104,6 +122,7 @@ class FusedResidualBlock(nn.Module):
                 self.kernel_sizes,
                 self.strides,
                 self.groups,
+                projection,
                 self.relu,
             )
         return self._arguments[key]
@@ -160,7 +179,7 @@ class FusedChain:
         return torch.ops.den_kernels.residual_chain(x, *plan, *flat, self.backend)
 
 
-def _check_block(weights, scales, shifts, widths, strides, groups, pre_scale, pre_shift) -> None:
+def _check_block(weights, scales, shifts, widths, strides, groups, pre_scale, pre_shift, projection) -> None:
     if len(weights) not in (2, 3):
         raise ValueError(f"weights has {len(weights)} convolutions; a residual block has 2 or 3")
     for name, values in (("scales", scales), ("shifts", shifts), ("strides", strides), ("groups", groups)):
@@ -192,7 +211,14 @@ def _check_block(weights, scales, shifts, widths, strides, groups, pre_scale, pr
         raise ValueError(
             f"pre_scale has shape {tuple(pre_scale.shape)}; it must be [sets, {weights[0].shape[1] * groups[0]}]"
         )
-    if math.prod(strides) == 1 and weights[-1].shape[0] < weights[0].shape[1] * groups[0]:
+    if projection is not None:
+        shapes = [tuple(part.shape) for part in projection]
+        inside, outside, tables = weights[0].shape[1] * groups[0], weights[-1].shape[0], tuple(scales[-1].shape)
+        if shapes != [(outside, inside, 1, 1), tables, tables]:
+            raise ValueError(
+                f"projection has shapes {shapes}; they must be {(outside, inside, 1, 1)}, {tables} and {tables}"
+            )
+    elif math.prod(strides) == 1 and weights[-1].shape[0] < weights[0].shape[1] * groups[0]:
         raise ValueError(
             "the last convolution makes fewer channels than the block reads; its shortcut cannot drop channels"
         )

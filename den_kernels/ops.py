@@ -31,7 +31,8 @@ _LIBRARY.define("plan(Tensor level, int num_levels) -> (Tensor, Tensor)")
 
 _BLOCK = (
     "Tensor level, Tensor order, Tensor count, Tensor widths, Tensor[] weight, Tensor[] scale, Tensor[] shift, "
-    "Tensor? pre_scale, Tensor? pre_shift, int[] kernel_size, int[] stride, int[] groups, bool relu, str backend"
+    "Tensor? pre_scale, Tensor? pre_shift, int[] kernel_size, int[] stride, int[] groups, "
+    "Tensor[] projection, bool relu, str backend"
 )
 _LIBRARY.define(f"residual_block(Tensor x, {_BLOCK}) -> Tensor")
 _LIBRARY.define(f"residual_block_(Tensor(a!) x, {_BLOCK}) -> ()")
@@ -232,4 +233,6 @@ def _block_flop(shape, level: Tensor, block: BlockArguments) -> int:
         read = torch.where(width > 0, channels, 0) if i == 0 else width
         write = width if i + 1 < len(block.scale) else torch.where(width > 0, outputs, 0)
         total += int((read * write).sum()) // block.groups[i] * block.kernel_size[i] ** 2 * height * columns
+    if block.projection:
+        total += n * channels * block.scale[-1].shape[1] * height * columns
     return 2 * total

@@ -73,6 +73,7 @@ class Block:
         preact,
         relu,
         winograd=(0, 0, 0),
+        projected=False,
         dtype=torch.float32,
     ) -> None:
         self.widths, self.kernels, self.strides, self.groups, self.relu = widths, kernels, strides, groups, relu
@@ -86,6 +87,10 @@ class Block:
         self.shift = [torch.randn(len(widths), o) for _, o in pairs]
         self.pre = (torch.randn(channels), torch.randn(channels)) if preact else (None, None)
         self.out, self.step = out, int(torch.tensor(strides).prod())
+        self.projection = []
+        if projected:
+            weight = (torch.randn(out, channels, 1, 1) / channels**0.5).to(dtype)
+            self.projection = [weight, torch.randn(len(widths), out), torch.randn(len(widths), out)]
         can = [k == 3 and s == 1 and g == 1 for k, s, g in zip(kernels, strides, groups, strict=True)]
         self.winograd = [tile if tiled else 0 for tile, tiled in zip(winograd, can, strict=False)]
 
@@ -102,6 +107,7 @@ class Block:
             pre_shift=None if self.pre[1] is None else self.pre[1].double(),
             stride=self.strides,
             groups=self.groups,
+            projection=[p.double() for p in self.projection],
             relu=self.relu,
         )
 
@@ -110,6 +116,7 @@ class Block:
             size = [-(-s // self.step) for s in x.shape[2:]]
             out = torch.full((x.shape[0], self.out, *size), NAN, dtype=x.dtype)
             out = out.contiguous(memory_format=torch.channels_last)
+        packed_projection = [cpu.pack_weight(p, 1) if p.dim() == 4 else p for p in self.projection]
         packed = [cpu.pack_weight(*form) for form in zip(self.weight, self.groups, self.winograd, strict=True)]
         cpu.residual_block(
             x,
@@ -123,6 +130,7 @@ class Block:
             self.kernels,
             self.strides,
             self.groups,
+            packed_projection,
             self.relu,
         )
         return out
@@ -157,6 +165,7 @@ def blocks(draw):
             draw(st.booleans()),
             draw(st.booleans()),
             draw(st.lists(st.sampled_from([0, 2, 4]), min_size=len(kernels), max_size=len(kernels))),
+            draw(st.booleans()),
         ),
         "size": (draw(st.integers(1, 18)), draw(st.integers(1, 18))),
         "level": draw(st.lists(st.integers(0, len(widths) - 1), min_size=0, max_size=7)),
@@ -182,7 +191,7 @@ def test_residual_block_equals_the_reference(isa, dtype, case) -> None:
     assert torch.equal(x, before)
     close(y, expected)
     for n, l in enumerate(level):
-        if block.widths[l] == 0 and block.step == 1:
+        if block.widths[l] == 0 and block.step == 1 and not block.projection:
             assert torch.equal(y[n], expected[n].to(dtype)), "a sample of width 0 is its shortcut, bit for bit"
     if y.shape == x.shape:
         assert torch.equal(block(x, level, out=x), y), "in place gives the same bits"
@@ -197,7 +206,7 @@ tiles = pytest.mark.parametrize("tile", [0, 2, 4], ids=["direct", "winograd2", "
 def test_inactive_weights_are_not_read(isa, dtype, tile) -> None:
     cpu.set_isa(isa)
     tiled = [tile, tile]
-    block = Block(16, 48, 16, [0, 16, 27, 48], [3, 3], [1, 1], [1, 1], False, True, tiled, dtype)
+    block = Block(16, 48, 16, [0, 16, 27, 48], [3, 3], [1, 1], [1, 1], False, True, tiled, dtype=dtype)
     x = torch.randn(3, 16, 9, 9).to(dtype).contiguous(memory_format=torch.channels_last)
     level = torch.tensor([2, 1, 0])
     expected = block.reference(x, level)
@@ -213,6 +222,7 @@ KINDS = {
     "bottleneck": ([1, 3, 1], [1, 1, 1], [1, 4, 1], True, False),
     "winograd": ([3, 3], [1, 1], [1, 1], True, False, [4, 2]),
     "mixed": ([1, 3, 1], [1, 1, 1], [1, 1, 1], True, False, [0, 4, 0]),
+    "projected": ([1, 3, 1], [1, 2, 1], [1, 1, 1], False, True, [0, 0, 0], True),
 }
 
 
@@ -275,7 +285,7 @@ def test_residual_block_names_what_is_wrong(change, message) -> None:
     with pytest.raises(ValueError, match=message):
         cpu.residual_block(
             x, torch.empty_like(x), level, order, torch.zeros(2, dtype=torch.int32), widths, weight, table, table,
-            None, None, [3, 3], [1, 1], [1, 1], False,
+            None, None, [3, 3], [1, 1], [1, 1], [], False,
         )  # fmt: skip
 
 

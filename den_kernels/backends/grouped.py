@@ -187,6 +187,7 @@ def residual_block(
     kernel_size,
     stride,
     groups,
+    projection,
     relu,
 ) -> None:
     """The fused block's result from unfused parts: see `reference.residual_block`."""
@@ -213,7 +214,12 @@ def residual_block(
         h = h * scale[i][level][:, :, None, None] + shift[i][level][:, :, None, None]
         if i < last:
             h = F.relu(h).to(x.dtype)
-    residual = reference.shortcut(x, scale[last].shape[1], math.prod(stride))
+    if projection:
+        kernel, scale_LC, shift_LC = projection
+        residual = F.conv2d(x, kernel, None, math.prod(stride))
+        residual = (residual * scale_LC[level][:, :, None, None] + shift_LC[level][:, :, None, None]).to(x.dtype)
+    else:
+        residual = reference.shortcut(x, scale[last].shape[1], math.prod(stride))
     result = residual + h
     result = F.relu(result) if relu else result
     out.copy_(torch.where((width > 0).view(-1, 1, 1, 1), result, residual))

@@ -61,6 +61,7 @@ def residual_block(
     kernel_size,
     stride,
     groups,
+    projection,
     relu,
 ) -> None:
     """`reference.residual_block` into `out`."""
@@ -75,6 +76,7 @@ def residual_block(
         pre_shift=pre_shift,
         stride=stride,
         groups=groups,
+        projection=projection,
         relu=relu,
     )
     out.copy_(result)

@@ -157,6 +157,7 @@ def residual_block(
     kernel_size: Sequence[int],
     stride: Sequence[int],
     groups: Sequence[int],
+    projection: Sequence[torch.Tensor],
     relu: bool,
 ) -> None:
     """Write the fused block of ``x`` to ``out``, which may be ``x`` when the shapes agree.
@@ -165,10 +166,12 @@ def residual_block(
     the same as ``level`` with fewer dependent loads.
 
     Raises:
-        ValueError: ``x`` or ``out`` is not channels_last.
+        ValueError: ``x`` or ``out`` is not channels_last, or the shortcut is a projection, which these kernels lack.
     """
     from den_kernels.backends.triton import block, launch
 
+    if projection:
+        raise ValueError("projection is given; the triton backend's blocks have parameter-free shortcuts only")
     for name, tensor in (("x", x), ("out", out)):
         if not tensor.is_contiguous(memory_format=torch.channels_last):
             raise ValueError(
