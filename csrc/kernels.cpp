@@ -162,6 +162,8 @@ void load(const MapLoad& load, int row0, int row1) {
                     __builtin_memcpy(out + (c / block) * load.out_block, x + c, sizeof(Element) * block);
                 if (c < load.channels) {
                     Element* last = out + (c / block) * load.out_block - c;
+                    for (; c + step <= load.channels; c += step)
+                        __builtin_memcpy(last + c, x + c, sizeof(Element) * step);
                     for (; c < load.channels; ++c) last[c] = x[c];
                     if (c % den::kWord<Element>) last[c] = Element{};
                 }
