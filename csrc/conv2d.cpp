@@ -82,10 +82,11 @@ public:
 private:
     static bool reads_rows_once(const ConvShape& s) { return s.kernel.y == 1 && s.padding.y == 0; }
 
-    // Output rows of a band: as many as read about a quarter of the L2 cache.
+    // Output rows of a band: as many as read and write about a quarter of the L2 cache.
     static int band_rows(const ConvShape& s) {
         constexpr double kBytes = 256 << 10;
-        const double row = double(s.stride.y) * (s.width + 2 * s.padding.x) * round_up(s.in_channels, kMapBlock<T>) * sizeof(T);
+        const double row_in = double(s.stride.y) * (s.width + 2 * s.padding.x) * round_up(s.in_channels, kMapBlock<T>);
+        const double row = (row_in + double(s.out_width()) * s.out_channels) * sizeof(T);
         const int most = std::max(1, int(kBytes / row)), rows = s.out_height();
         return round_up(ceil_div(rows, ceil_div(rows, most)), 2);
     }
@@ -150,6 +151,17 @@ private:
     std::vector<std::ptrdiff_t> out_columns_;
 };
 
+// A 1x1 convolution sees no rows: those of a small image are joined to longer ones, which split into better tiles.
+ConvShape joined_rows(ConvShape s) {
+    constexpr int kEnough = 48;  // pixels
+    if (s.taps() > 1 || s.stride.y > 1 || s.stride.x > 1 || s.padding.y > 0 || s.padding.x > 0) return s;
+    int rows = 1;
+    while (rows < s.height && (rows * s.width < kEnough || s.height % rows)) ++rows;
+    s.width *= rows;
+    s.height /= rows;
+    return s;
+}
+
 // Scratch memory is counted in floats, whatever lies in it.
 template <class T>
 T* elements(float* memory) {
@@ -159,7 +171,9 @@ T* elements(float* memory) {
 }  // namespace
 
 template <class T>
-void conv2d(const Conv2d<T>& args) {
+void conv2d(const Conv2d<T>& given) {
+    Conv2d<T> args = given;
+    args.shape = joined_rows(given.shape);
     const ConvShape& shape = args.shape;
     const int out_height = shape.out_height(), threads = std::max(1, args.threads);
     if (args.samples == 0 || out_height <= 0 || shape.out_width() <= 0) return;
