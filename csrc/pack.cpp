@@ -30,8 +30,12 @@ void pack_unit(const T* weight, int outs, int group_in, int taps, int first_in, 
         for (int t = 0; t < taps; ++t)
             for (int c = 0; c < run; c += word) {
                 const T* from = rows.data() + c * taps + t;
-                for (int o = 0; o < kBlock; ++o, from += pitch)
-                    for (int i = 0; i < word; ++i) *packed++ = from[i * taps];
+                for (int o = 0; o < kBlock; ++o, from += pitch, packed += word) {
+                    if (taps == 1)
+                        std::copy_n(from, word, packed);  // as one word
+                    else
+                        for (int i = 0; i < word; ++i) packed[i] = from[i * taps];
+                }
             }
         done += run;
     }
