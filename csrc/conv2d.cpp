@@ -15,10 +15,12 @@ template <class T>
 class Runner {
 public:
     Runner(const Conv2d<T>& args, const T* packed, const float* ones, const float* bias)
-        : args_(args), kernels_(kernels<T>()), map_(args.shape), packed_(packed), ones_(ones), bias_(bias),
+        : args_(args), kernels_(kernels<T>()), map_(args.shape), band_(band_shape(args.shape)), packed_(packed), ones_(ones), bias_(bias),
           out_columns_(nhwc_columns(args.shape.out_width(), args.shape.out_channels)) {}
 
-    std::size_t workspace_floats() const { return map_.floats(); }
+    // Memory for the map of a sample that one thread computes, a band of rows after the other, and of a shared one.
+    std::size_t own_floats() const { return band_.floats(); }
+    std::size_t shared_floats() const { return map_.floats(); }
 
     int in_width(int n) const { return args_.in_width[n]; }
     int out_width(int n) const { return args_.out_width[n]; }
@@ -38,34 +40,29 @@ public:
 
     Cut cut(int n, int parts) const { return Cut(args_.shape, in_width(n), computed(n), parts); }
 
+    // The steps of a shared sample, whose map holds the whole image.
     void zero_borders(T* map) const { map_.zero_border(map, args_.shape.in_channels); }
-
-    void load_rows(T* map, int n, int row0, int row1) const {
-        const ConvShape& s = args_.shape;
-        BasicMapLoad<T> load{};
-        load.in_row = std::ptrdiff_t(s.width) * s.in_channels;
-        load.in = args_.x + n * load.in_row * s.height;
-        load.in_pixel = s.in_channels;
-        load.width = s.width;
-        load.channels = in_width(n);
-        load.out = map_.image(map);
-        load.out_row = map_.row_pitch();
-        load.out_block = map_.block_pitch();
-        load.out_col = map_.read_columns();
-        load.row_read = map_.read_rows();
-        kernels_.load(load, row0, row1);
+    void load_rows(T* map, int n, int row0, int row1) const { load_rows(map_, map, n, 0, row0, row1); }
+    void conv(const T* map, int n, int unit0, int unit1, int row0, int row1) const {
+        conv(map_, map, n, 0, unit0, unit1, row0, row1);
     }
 
-    void conv(const T* map, int n, int unit0, int unit1, int row0, int row1) const {
+    void zero_own_borders(T* map) const { band_.zero_border(map, args_.shape.in_channels); }
+
+    void whole_sample(T* map, int n) const {
         const ConvShape& s = args_.shape;
-        BasicConvPass<T> pass = map_.pass(map, packed_, in_width(n), computed(n));
-        pass.mul = ones_;
-        pass.add = bias_;
-        pass.out = image(n);
-        pass.out_row = std::ptrdiff_t(s.out_width()) * s.out_channels;
-        pass.out_block = kMapBlock<T>;
-        pass.out_col = out_columns_.data();
-        kernels_.conv(pass, unit0, unit1, row0, row1);
+        const int height = s.out_height();
+        const int reach = s.dilation.y * (s.kernel.y - 1) + 1 - s.padding.y;
+        for (int row0 = 0, loaded = 0; row0 < height; row0 += band_rows(s)) {
+            const int row1 = std::min(row0 + band_rows(s), height);
+            const int origin = reads_rows_once(s) ? row0 : 0;
+            if (origin) loaded = origin * s.stride.y;
+            const int needed = std::min((row1 - 1) * s.stride.y + reach, s.height);
+            if (needed > loaded) load_rows(band_, map, n, origin, loaded, needed);
+            loaded = std::max(loaded, needed);
+            conv(band_, map, n, origin, 0, units(n), row0, row1);
+            fill_rest(n, row0, row1);
+        }
     }
 
     // The output channels that no multiplication reaches: bias alone, then zeros beyond the width.
@@ -83,6 +80,57 @@ public:
     int units(int n) const { return args_.shape.units(computed(n)); }
 
 private:
+    static bool reads_rows_once(const ConvShape& s) { return s.kernel.y == 1 && s.padding.y == 0; }
+
+    // Output rows of a band: as many as read and write about a quarter of the L2 cache.
+    static int band_rows(const ConvShape& s) {
+        constexpr double kBytes = 256 << 10;
+        const double row_in = double(s.stride.y) * (s.width + 2 * s.padding.x) * round_up(s.in_channels, kMapBlock<T>);
+        const double row = (row_in + double(s.out_width()) * s.out_channels) * sizeof(T);
+        const int most = std::max(1, int(kBytes / row)), rows = s.out_height();
+        return round_up(ceil_div(rows, ceil_div(rows, most)), 2);
+    }
+
+    // What the map of a thread's own samples holds: a band where no row is read twice, so that it stays in the cache;
+    // else the image, filled from the top as the bands go down.
+    static ConvShape band_shape(const ConvShape& s) {
+        ConvShape band = s;
+        if (reads_rows_once(s)) band.height = std::min(s.height, band_rows(s) * s.stride.y);
+        return band;
+    }
+
+    // Image rows [row0, row1) into a map whose first row is that which output row `origin` reads first.
+    void load_rows(const BasicBlockedMap<T>& to, T* map, int n, int origin, int row0, int row1) const {
+        const ConvShape& s = args_.shape;
+        const int first = origin * s.stride.y;
+        BasicMapLoad<T> load{};
+        load.in_row = std::ptrdiff_t(s.width) * s.in_channels;
+        load.in = args_.x + (std::ptrdiff_t(n) * s.height + first) * load.in_row;
+        load.in_pixel = s.in_channels;
+        load.width = s.width;
+        load.channels = in_width(n);
+        load.out = to.image(map);
+        load.out_row = to.row_pitch();
+        load.out_block = to.block_pitch();
+        load.out_col = to.read_columns();
+        load.row_read = to.read_rows();
+        kernels_.load(load, row0 - first, row1 - first);
+    }
+
+    // Output rows [row0, row1) from such a map.
+    void conv(const BasicBlockedMap<T>& from, const T* map, int n, int origin, int unit0, int unit1, int row0,
+              int row1) const {
+        const ConvShape& s = args_.shape;
+        BasicConvPass<T> pass = from.pass(map, packed_, in_width(n), computed(n));
+        pass.mul = ones_;
+        pass.add = bias_;
+        pass.out_row = std::ptrdiff_t(s.out_width()) * s.out_channels;
+        pass.out = image(n) + origin * pass.out_row;
+        pass.out_block = kMapBlock<T>;
+        pass.out_col = out_columns_.data();
+        kernels_.conv(pass, unit0, unit1, row0 - origin, row1 - origin);
+    }
+
     void fill_bias(T* pixel, int from, int to) const {
         if (args_.bias)
             std::copy(args_.bias + from, args_.bias + to, pixel + from);
@@ -96,17 +144,30 @@ private:
 
     const Conv2d<T>& args_;
     const BasicKernels<T>& kernels_;
-    BasicBlockedMap<T> map_;
+    BasicBlockedMap<T> map_, band_;
     const T* packed_;
     const float* ones_;
     const float* bias_;
     std::vector<std::ptrdiff_t> out_columns_;
 };
 
+// A 1x1 convolution sees no rows: those of a small image are joined to longer ones, which split into better tiles.
+ConvShape joined_rows(ConvShape s) {
+    constexpr int kEnough = 48;  // pixels
+    if (s.taps() > 1 || s.stride.y > 1 || s.stride.x > 1 || s.padding.y > 0 || s.padding.x > 0) return s;
+    int rows = 1;
+    while (rows < s.height && (rows * s.width < kEnough || s.height % rows)) ++rows;
+    s.width *= rows;
+    s.height /= rows;
+    return s;
+}
+
 }  // namespace
 
 template <class T>
-void conv2d(const Conv2d<T>& args) {
+void conv2d(const Conv2d<T>& given) {
+    Conv2d<T> args = given;
+    args.shape = joined_rows(given.shape);
     const ConvShape& shape = args.shape;
     const int out_height = shape.out_height(), threads = std::max(1, args.threads);
     if (args.samples == 0 || out_height <= 0 || shape.out_width() <= 0) return;
@@ -125,10 +186,10 @@ void conv2d(const Conv2d<T>& args) {
     for (int n : order) cost.push_back(sizes.cost(n));
     const int whole = count_whole(cost, threads), shared = args.samples - whole;
     const int parts = shared ? ceil_div(2 * threads, shared) : 1;
-    const std::size_t floats = sizes.workspace_floats();
-    float* memory = scratch(Scratch::kWork, weight_floats + ((whole ? threads : 0) + shared) * floats);
+    const std::size_t own_floats = sizes.own_floats(), shared_floats = sizes.shared_floats();
+    float* memory = scratch(Scratch::kWork, weight_floats + (whole ? threads : 0) * own_floats + shared * shared_floats);
     float* const own_memory = memory + weight_floats;
-    float* const shared_memory = own_memory + (whole ? threads : 0) * floats;
+    float* const shared_memory = own_memory + (whole ? threads : 0) * own_floats;
     T* const packed = elements<T>(memory);
     pack_weight(args.weight, shape.out_channels, shape.group_in(), shape.taps(), shape.groups, threads, packed);
 
@@ -138,21 +199,18 @@ void conv2d(const Conv2d<T>& args) {
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        T* map = elements<T>(own_memory + thread_index() * floats);
+        T* map = elements<T>(own_memory + thread_index() * own_floats);
         bool bordered = false;
 #pragma omp for schedule(dynamic, 1) nowait
         for (int i = 0; i < whole; ++i) {
-            const int n = order[i];
-            if (!bordered) run.zero_borders(map);  // once: samples only write inside
+            if (!bordered) run.zero_own_borders(map);  // once: samples only write inside
             bordered = true;
-            run.load_rows(map, n, 0, shape.height);
-            run.conv(map, n, 0, run.units(n), 0, out_height);
-            run.fill_rest(n, 0, out_height);
+            run.whole_sample(map, order[i]);
         }
         if (shared) {
 #pragma omp for schedule(dynamic, 1)
             for (int i = 0; i < shared * parts; ++i) {
-                T* of = elements<T>(shared_memory + i / parts * floats);
+                T* of = elements<T>(shared_memory + i / parts * shared_floats);
                 const int n = order[whole + i / parts], part = i % parts;
                 if (part == 0) run.zero_borders(of);
                 run.load_rows(of, n, shape.height * part / parts, shape.height * (part + 1) / parts);
@@ -162,7 +220,7 @@ void conv2d(const Conv2d<T>& args) {
             for (int i = 0; i < shared * parts; ++i) {
                 const int s = i / parts;
                 for (int p = i % parts; p < cuts[s].parts(); p += parts)
-                    run.conv(elements<T>(shared_memory + s * floats), order[whole + s], cuts[s].unit0(p), cuts[s].unit1(p),
+                    run.conv(elements<T>(shared_memory + s * shared_floats), order[whole + s], cuts[s].unit0(p), cuts[s].unit1(p),
                              cuts[s].row0(p), cuts[s].row1(p));
             }
         }

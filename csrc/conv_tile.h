@@ -51,6 +51,31 @@ void prefetch(const den::BasicConvPass<T>& pass, const TileAt<T>& at, int rows, 
     }
 }
 
+// The end of the epilogue for vector v where its channels are fewer than its lanes, or lie in two blocks.
+template <class T, class V>
+void finish_ragged(const den::BasicConvPass<T>& pass, const TileAt<T>& at, int v, typename V::Reg value,
+                   typename V::Reg floor, const T* residual, T* out) {
+    constexpr int block = den::kMapBlock<T>;
+    const int first = at.first_out + v * V::lanes, left = at.lanes_out - v * V::lanes;
+    const int count = left < V::lanes ? left : V::lanes;
+    if (count <= 0) return;
+    // Channels up to `turn` lie in the first block.
+    const int room = pass.out_block == block ? count : block - first % block;
+    const int turn = room < count ? room : count;
+    const std::ptrdiff_t place = channel_at(pass, first), gap = pass.out_block - block;
+    T line[V::lanes] = {};
+    if (residual) {
+        for (int i = 0; i < turn; ++i) line[i] = residual[place + i];
+        for (int i = turn; i < count; ++i) line[i] = residual[place + gap + i];
+        value = V::add(value, V::load(line));
+    }
+    V::store(line, V::at_least(floor, value));
+    for (int i = 0; i < turn; ++i) out[place + i] = line[i];
+    for (int i = turn; i < count; ++i) out[place + gap + i] = line[i];
+    // The next convolution reads whole pairs.
+    if (den::kWord<T> == 2 && pass.whole_blocks && count % 2) out[channel_at(pass, first + count)] = T{};
+}
+
 // The epilogue of a tile: relu(sum * mul + add + residual).
 template <class T, class V, int NV>
 void finish(const den::BasicConvPass<T>& pass, const TileAt<T>& at, int rows, int cols, const float* sums) {
@@ -65,37 +90,24 @@ void finish(const den::BasicConvPass<T>& pass, const TileAt<T>& at, int rows, in
     }
     const float lowest = pass.relu ? 0.0f : -__builtin_inff();
     const Reg floor = V::broadcast(&lowest);
-    // Whole vectors go straight out unless the channels are ragged or straddle two blocks of a blocked map.
-    const bool straight = at.lanes_out == NV * lanes && (pass.out_block == den::kMapBlock<T> || at.first_out % lanes == 0);
+    // A vector of channels lies in one piece unless it straddles two blocks of a blocked map.
+    const bool contiguous = pass.out_block == den::kMapBlock<T> || at.first_out % lanes == 0;
+    const int whole = contiguous ? at.lanes_out / lanes : 0;  // vectors that go straight out
     for (int r = 0; r < rows; ++r)
         for (int q = 0; q < cols; ++q, sums += NV * lanes) {
             const std::ptrdiff_t pixel = (at.row + r) * pass.out_row + pass.out_col[at.col + q];
             const T* residual = pass.residual ? pass.residual + pixel : nullptr;
             T* out = pass.out + pixel;
-            if (straight) {
 #pragma GCC unroll 4
-                for (int v = 0; v < NV; ++v) {
-                    Reg value = V::fma(V::load(sums + v * lanes), mul[v], add[v]);
+            for (int v = 0; v < NV; ++v) {
+                Reg value = V::fma(V::load(sums + v * lanes), mul[v], add[v]);
+                if (v < whole) {
                     if (residual) value = V::add(value, V::load(residual + place[v]));
                     V::store(out + place[v], V::at_least(floor, value));
+                } else {
+                    finish_ragged<T, V>(pass, at, v, value, floor, residual, out);
                 }
-                continue;
             }
-            for (int v = 0; v * lanes < at.lanes_out; ++v) {
-                const int first = at.first_out + v * lanes, left = at.lanes_out - v * lanes;
-                const int count = left < lanes ? left : lanes;
-                T line[lanes] = {};
-                Reg value = V::fma(V::load(sums + v * lanes), mul[v], add[v]);
-                if (residual) {
-                    for (int i = 0; i < count; ++i) line[i] = residual[channel_at(pass, first + i)];
-                    value = V::add(value, V::load(line));
-                }
-                V::store(line, V::at_least(floor, value));
-                for (int i = 0; i < count; ++i) out[channel_at(pass, first + i)] = line[i];
-            }
-            // The next convolution reads whole pairs.
-            if (den::kWord<T> == 2 && pass.whole_blocks && at.lanes_out % 2)
-                out[channel_at(pass, at.first_out + at.lanes_out)] = T{};
         }
 }
 

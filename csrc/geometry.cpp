@@ -11,7 +11,8 @@ BasicBlockedMap<T>::BasicBlockedMap(const ConvShape& conv, Pair slack) : conv_(c
     const std::ptrdiff_t phase_pitch = std::ptrdiff_t(ceil_div(columns, phases)) * block;
     rows_ = conv.height + 2 * conv.padding.y + slack.y;
     row_pitch_ = phases * phase_pitch;
-    block_pitch_ = rows_ * row_pitch_;
+    // An odd number of cache lines: the blocks of a pixel would else often fall into one set of the cache.
+    block_pitch_ = rows_ * row_pitch_ + (rows_ * row_pitch_ / block % 2 == 0 ? block : 0);
     floats_ = std::size_t(ceil_div(conv.in_channels, block)) * block_pitch_ / kWord<T>;
 
     std::vector<char> phase_read(phases, 0), row_phase_read(conv.stride.y, 0);

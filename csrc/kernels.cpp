@@ -19,23 +19,25 @@ using MapLoad = den::BasicMapLoad<Element>;
 // many pixels as the registers hold: each load of weights is used once a pixel.
 #if defined(DEN_512)
 using Vec = Vec16;
-constexpr int kMaxVectors = 3;
 template <int NV> struct Shape;
 template <> struct Shape<1> { static constexpr int rows = 2, cols = 8; };
 template <> struct Shape<2> { static constexpr int rows = 1, cols = 12; };
 template <> struct Shape<3> { static constexpr int rows = 1, cols = 8; };
+template <> struct Shape<4> { static constexpr int rows = 1, cols = 6; };
+// Rows that give short tiles would read the weights of four vectors too often.
+inline int most_vectors(int width) { return width < 3 * Shape<4>::cols ? 3 : 4; }
 #elif defined(DEN_ISA_AVX2)
 using Vec = Vec8;
-constexpr int kMaxVectors = 2;
 template <int NV> struct Shape;
 template <> struct Shape<1> { static constexpr int rows = 2, cols = 6; };
 template <> struct Shape<2> { static constexpr int rows = 1, cols = 6; };
+inline int most_vectors(int) { return 2; }
 #else
 using Vec = Vec4;
-constexpr int kMaxVectors = 2;
 template <int NV> struct Shape;
 template <> struct Shape<1> { static constexpr int rows = 2, cols = 4; };
 template <> struct Shape<2> { static constexpr int rows = 1, cols = 6; };
+inline int most_vectors(int) { return 2; }
 #endif
 
 // Tiles of every width up to the largest, for the whole row height and for a single last row.
@@ -78,10 +80,10 @@ void tile_rows(const ConvPass& pass, TileAtElement at, int row0, int row1) {
 
 inline int vectors_of(int channels) { return (channels + Vec::lanes - 1) / Vec::lanes; }
 
-// How many of the vectors left the next tile takes. Four are better as two and two than as three and one.
-inline int next_vectors(int left) {
-    if (left <= kMaxVectors) return left;
-    return left == kMaxVectors + 1 && kMaxVectors > 2 ? kMaxVectors - 1 : kMaxVectors;
+// How many of the vectors left the next tile takes: as many as it can, but none is left alone.
+inline int next_vectors(int left, int most) {
+    if (left <= most) return left;
+    return left == most + 1 && most > 2 ? most - 1 : most;
 }
 
 // Output channels that a tile of `lanes` writes when `left` are active. In scratch it may write beyond them, but an odd
@@ -101,7 +103,7 @@ void conv(const ConvPass& pass, int unit0, int unit1, int row0, int row1) {
         const int last = first + (unit1 - unit) < active_units ? first + (unit1 - unit) : active_units;
         const int end = last * per_block < vectors_of(pass.active_out) ? last * per_block : vectors_of(pass.active_out);
         for (int v = first * per_block; v < end;) {
-            const int nv = next_vectors(end - v);
+            const int nv = next_vectors(end - v, most_vectors(pass.width));
             const int out = v * Vec::lanes;  // within the group
             const int left = pass.active_out - out;
             TileAtElement at{};
@@ -115,7 +117,9 @@ void conv(const ConvPass& pass, int unit0, int unit1, int row0, int row1) {
                 // Half a vector: 8 lanes do the same work at twice the rate where 512-bit units are paired.
                 at.lanes_out = lanes_written(pass, Vec8::lanes, left);
                 tile_rows<Vec8, 1>(pass, at, row0, row1);
-            } else if (nv == 3)
+            } else if (nv == 4)
+                tile_rows<Vec, 4>(pass, at, row0, row1);
+            else if (nv == 3)
                 tile_rows<Vec, 3>(pass, at, row0, row1);
             else
 #endif
@@ -162,6 +166,8 @@ void load(const MapLoad& load, int row0, int row1) {
                     __builtin_memcpy(out + (c / block) * load.out_block, x + c, sizeof(Element) * block);
                 if (c < load.channels) {
                     Element* last = out + (c / block) * load.out_block - c;
+                    for (; c + step <= load.channels; c += step)
+                        __builtin_memcpy(last + c, x + c, sizeof(Element) * step);
                     for (; c < load.channels; ++c) last[c] = x[c];
                     if (c % den::kWord<Element>) last[c] = Element{};
                 }

@@ -1,6 +1,7 @@
 #include "pack.h"
 
 #include <algorithm>
+#include <vector>
 
 namespace den {
 
@@ -14,16 +15,28 @@ namespace {
 // One block of 16 output channels, of which `outs` exist.
 template <class T>
 void pack_unit(const T* weight, int outs, int group_in, int taps, int first_in, T* packed) {
-    constexpr int word = kWord<T>;
+    constexpr int word = kWord<T>, block = kMapBlock<T>;
+    // The 16 rows of a run are first laid side by side: in the tensor they are often a power of two apart, and would
+    // evict each other from the cache. A zero row stands for outputs that do not exist, a zero column for half a pair.
+    const int pitch = (block + word) * taps;
+    std::vector<T> rows(std::size_t(kBlock) * pitch, T{});
     for (int done = 0; done < group_in;) {
-        const int run = std::min(kMapBlock<T> - (first_in + done) % kMapBlock<T>, group_in - done);
+        const int run = std::min(block - (first_in + done) % block, group_in - done);
+        for (int o = 0; o < outs; ++o) {
+            const T* from = weight + (std::ptrdiff_t(o) * group_in + done) * taps;
+            std::copy_n(from, run * taps, rows.begin() + o * pitch);
+            std::fill_n(rows.begin() + o * pitch + run * taps, word * taps, T{});
+        }
         for (int t = 0; t < taps; ++t)
-            for (int c = 0; c < run; c += word)
-                for (int o = 0; o < kBlock; ++o)
-                    for (int i = 0; i < word; ++i, ++packed) {
-                        const T* from = weight + (std::ptrdiff_t(o) * group_in + done + c + i) * taps + t;
-                        *packed = o < outs && c + i < run ? *from : T{};
-                    }
+            for (int c = 0; c < run; c += word) {
+                const T* from = rows.data() + c * taps + t;
+                for (int o = 0; o < kBlock; ++o, from += pitch, packed += word) {
+                    if (taps == 1)
+                        std::copy_n(from, word, packed);  // as one word
+                    else
+                        for (int i = 0; i < word; ++i) packed[i] = from[i * taps];
+                }
+            }
         done += run;
     }
 }
