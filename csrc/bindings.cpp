@@ -8,6 +8,7 @@
 #include <string>
 
 #include "conv2d.h"
+#include "conv2d_backward.h"
 #include "dispatch.h"
 #include "pack.h"
 #include "residual_block.h"
@@ -61,20 +62,34 @@ void check_block(const den::ResidualBlock& block, int hidden) {
 using Ints = std::vector<int>;
 using Addresses = std::vector<std::uintptr_t>;
 
+den::ConvShape conv_shape(const Ints& sizes, const Ints& window) {
+    if (sizes.size() != 6 || window.size() != 8) fail("sizes must hold 6 integers and window 8");
+    return {sizes[1],
+            sizes[4],
+            sizes[5],
+            sizes[2],
+            sizes[3],
+            {window[0], window[1]},
+            {window[2], window[3]},
+            {window[4], window[5]},
+            {window[6], window[7]}};
+}
+
+// The widths at `address`, checked; `full`, filled with `channels`, where there are none.
+const int* widths_or_full(const char* name, std::uintptr_t address, int samples, int channels, int groups, Ints& full) {
+    if (!address) {
+        full.assign(samples, channels);
+        return full.data();
+    }
+    check_widths(name, at<const int>(address), samples, channels, groups);
+    return at<const int>(address);
+}
+
 void conv2d(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t out, std::uintptr_t in_width,
             std::uintptr_t out_width, const Ints& sizes, const Ints& window, int threads) {
-    if (sizes.size() != 6 || window.size() != 8) fail("sizes must hold 6 integers and window 8");
     den::Conv2d args{};
+    args.shape = conv_shape(sizes, window);
     args.samples = sizes[0];
-    args.shape = {sizes[1],
-                  sizes[4],
-                  sizes[5],
-                  sizes[2],
-                  sizes[3],
-                  {window[0], window[1]},
-                  {window[2], window[3]},
-                  {window[4], window[5]},
-                  {window[6], window[7]}};
     args.x = at<const float>(x);
     args.weight = at<const float>(weight);
     args.bias = at<const float>(bias);
@@ -82,22 +97,31 @@ void conv2d(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::u
     args.threads = threads;
     const den::ConvShape& s = args.shape;
     Ints full_in, full_out;
-    if (in_width) {
-        args.in_width = at<const int>(in_width);
-        check_widths("in_width", args.in_width, args.samples, s.in_channels, s.groups);
-    } else {
-        full_in.assign(args.samples, s.in_channels);
-        args.in_width = full_in.data();
-    }
-    if (out_width) {
-        args.out_width = at<const int>(out_width);
-        check_widths("out_width", args.out_width, args.samples, s.out_channels, s.groups);
-    } else {
-        full_out.assign(args.samples, s.out_channels);
-        args.out_width = full_out.data();
-    }
+    args.in_width = widths_or_full("in_width", in_width, args.samples, s.in_channels, s.groups, full_in);
+    args.out_width = widths_or_full("out_width", out_width, args.samples, s.out_channels, s.groups, full_out);
     py::gil_scoped_release release;
     den::conv2d(args);
+}
+
+void conv2d_backward(std::uintptr_t grad, std::uintptr_t x, std::uintptr_t weight, std::uintptr_t dx,
+                     std::uintptr_t dweight, std::uintptr_t dbias, std::uintptr_t in_width, std::uintptr_t out_width,
+                     const Ints& sizes, const Ints& window, int threads) {
+    den::Conv2dBackward args{};
+    args.shape = conv_shape(sizes, window);
+    args.samples = sizes[0];
+    args.grad = at<const float>(grad);
+    args.x = at<const float>(x);
+    args.weight = at<const float>(weight);
+    args.dx = at<float>(dx);
+    args.dweight = at<float>(dweight);
+    args.dbias = at<float>(dbias);
+    args.threads = threads;
+    const den::ConvShape& s = args.shape;
+    Ints full_in, full_out;
+    args.in_width = widths_or_full("in_width", in_width, args.samples, s.in_channels, s.groups, full_in);
+    args.out_width = widths_or_full("out_width", out_width, args.samples, s.out_channels, s.groups, full_out);
+    py::gil_scoped_release release;
+    den::conv2d_backward(args);
 }
 
 void residual_block(std::uintptr_t x, std::uintptr_t out, std::uintptr_t level, std::uintptr_t order,
@@ -140,6 +164,7 @@ void pack_weight(std::uintptr_t weight, std::uintptr_t packed, int out_channels,
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU kernels of den_kernels; see den_kernels/backends/cpu.py.";
     m.def("conv2d", &conv2d);
+    m.def("conv2d_backward", &conv2d_backward);
     m.def("residual_block", &residual_block);
     m.def("pack_weight", &pack_weight);
     m.def("packed_floats", &den::packed_floats, py::arg("out_channels"), py::arg("group_in"), py::arg("taps"),

@@ -4,6 +4,7 @@
 #include "kernels.h"
 
 #include "conv_tile.h"
+#include "weight_grad_tile.h"
 
 namespace {
 
@@ -144,6 +145,22 @@ void load(const den::MapLoad& load, int row0, int row1) {
     }
 }
 
+void weight_grad(const den::WeightGradPass& pass) {
+    const int vectors = vectors_of(pass.outputs);
+#if defined(DEN_ISA_AVX512)
+    int v = 0;
+    for (; v + 2 <= vectors; v += 2) weight_grad_vectors<Vec, 2, 8>(pass, v);
+    if (v == vectors) return;
+    if (pass.outputs - v * Vec::lanes <= Vec8::lanes)
+        weight_grad_vectors<Vec8, 1, 16>(pass, 2 * v);
+    else
+        weight_grad_vectors<Vec, 1, 16>(pass, v);
+#else
+    // A block of 16 has an even number of vectors.
+    for (int v = 0; v < vectors; v += 2) weight_grad_vectors<Vec, 2, 6>(pass, v);
+#endif
+}
+
 #define DEN_STRING2(x) #x
 #define DEN_STRING(x) DEN_STRING2(x)
 #define DEN_CONCAT2(a, b) a##b
@@ -154,6 +171,6 @@ void load(const den::MapLoad& load, int row0, int row1) {
 namespace den {
 
 extern const Kernels DEN_CONCAT(kernels_, DEN_ISA_NAME);
-const Kernels DEN_CONCAT(kernels_, DEN_ISA_NAME) = {DEN_STRING(DEN_ISA_NAME), conv, load};
+const Kernels DEN_CONCAT(kernels_, DEN_ISA_NAME) = {DEN_STRING(DEN_ISA_NAME), conv, load, weight_grad};
 
 }  // namespace den

@@ -8,6 +8,8 @@
 
 #include <cstddef>
 
+#include "weight_grad_pass.h"
+
 namespace den {
 
 constexpr int kBlock = 16;  // channels in a block, of activations and of packed weights
@@ -54,6 +56,7 @@ struct Kernels {
     // Output rows [row0, row1) of output blocks [unit0, unit1); a unit is one block of 16 output channels of a group.
     void (*conv)(const ConvPass& pass, int unit0, int unit1, int row0, int row1);
     void (*load)(const MapLoad& load, int row0, int row1);
+    void (*weight_grad)(const WeightGradPass& pass);
 };
 
 }  // namespace den

@@ -7,12 +7,14 @@
 
 namespace den {
 
-float* scratch(std::size_t floats) {
+float* scratch(std::size_t floats, int arena) {
     struct Free {
         void operator()(float* p) const { std::free(p); }
     };
-    thread_local std::unique_ptr<float, Free> memory;
-    thread_local std::size_t capacity = 0;
+    thread_local std::unique_ptr<float, Free> memories[2];
+    thread_local std::size_t capacities[2] = {0, 0};
+    std::unique_ptr<float, Free>& memory = memories[arena];
+    std::size_t& capacity = capacities[arena];
     if (floats > capacity) {
         memory.reset();  // before asking for more: the old contents are of no use
         capacity = 0;

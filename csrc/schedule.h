@@ -20,9 +20,9 @@ inline int thread_index() {
 #endif
 }
 
-// At least `floats` floats, 64-byte aligned, owned by the calling thread until it asks again. Contents are undefined.
-// Throws std::bad_alloc.
-float* scratch(std::size_t floats);
+// At least `floats` floats, 64-byte aligned, owned by the calling thread until it asks the same arena again: 0, or 1 for
+// who calls an operation that works in the other. Contents are undefined. Throws std::bad_alloc.
+float* scratch(std::size_t floats, int arena = 0);
 
 // Given the cost of each sample, dearest first: how many of them run whole, one thread each. The others, too few to
 // keep all threads busy, are then run by all threads together. Only time depends on the answer, no result.

@@ -136,10 +136,34 @@ def conv2d_backward(
     groups: int,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `conv2d`: those of the `grouped` backend."""
-    from . import grouped
+    """Gradients of x, weight and bias, where `output_mask` asks for them; what no sample ran is exactly 0.
 
-    return grouped.conv2d_backward(grad, x, weight, in_width, out_width, stride, padding, dilation, groups, output_mask)
+    The same bits whatever the number of threads. Raises ValueError as `conv2d` does.
+    """
+    extension = _extension()
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
+    weight = weight.contiguous()
+    in_width, out_width = _int32(in_width), _int32(out_width)
+    N, C, H, W = x.shape
+    C_out, _, *kernel = weight.shape
+    dx = torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last) if output_mask[0] else None
+    dweight = torch.empty(weight.shape, dtype=x.dtype) if output_mask[1] else None
+    dbias = torch.empty((C_out,), dtype=x.dtype) if output_mask[2] else None
+    extension.conv2d_backward(
+        grad.data_ptr(),
+        x.data_ptr(),
+        weight.data_ptr(),
+        _address(dx),
+        _address(dweight),
+        _address(dbias),
+        _address(in_width),
+        _address(out_width),
+        (N, C, H, W, C_out, groups),
+        (*kernel, *stride, *padding, *dilation),
+        torch.get_num_threads(),
+    )
+    return dx if dx is None or channels_last else dx.contiguous(), dweight, dbias
 
 
 def pack_weight(weight: Tensor, groups: int) -> Tensor:
