@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "batch_norm.h"
 #include "conv2d.h"
 #include "conv2d_backward.h"
 #include "dispatch.h"
@@ -153,6 +154,43 @@ void residual_block(std::uintptr_t x, std::uintptr_t out, std::uintptr_t level, 
     den::residual_block(block);
 }
 
+// Addresses: x, row, width, weight, bias, mean, var, count. Sizes: samples, channels, pixels, rows.
+den::BatchNorm norm_of(const Addresses& a, const Ints& sizes, double eps, bool relu, int threads, Ints& row, Ints& width) {
+    if (a.size() != 8 || sizes.size() != 4) fail("a norm takes 8 addresses and 4 sizes");
+    den::BatchNorm norm{};
+    norm.x = at<const float>(a[0]);
+    norm.samples = sizes[0], norm.channels = sizes[1], norm.pixels = sizes[2], norm.rows = sizes[3];
+    row.assign(norm.samples, 0);
+    norm.row = a[1] ? at<const int>(a[1]) : row.data();
+    for (int n = 0; n < norm.samples; ++n)
+        if (norm.row[n] < 0 || norm.row[n] >= norm.rows)
+            fail(entry("row", n) + " is " + std::to_string(norm.row[n]) + "; it must be between 0 and " +
+                 std::to_string(norm.rows - 1));
+    norm.width = widths_or_full("width", a[2], norm.samples, norm.channels, 1, width);
+    norm.weight = at<const float>(a[3]);
+    norm.bias = at<const float>(a[4]);
+    norm.mean = at<float>(a[5]), norm.var = at<float>(a[6]), norm.count = at<float>(a[7]);
+    norm.eps = eps;
+    norm.relu = relu;
+    norm.threads = threads;
+    return norm;
+}
+
+void batch_norm(const Addresses& addresses, const Ints& sizes, double eps, bool relu, int threads, std::uintptr_t y) {
+    Ints row, width;
+    const den::BatchNorm norm = norm_of(addresses, sizes, eps, relu, threads, row, width);
+    py::gil_scoped_release release;
+    den::batch_norm(norm, at<float>(y));
+}
+
+void batch_norm_backward(const Addresses& addresses, const Ints& sizes, double eps, bool relu, int threads,
+                         std::uintptr_t grad, std::uintptr_t dx, std::uintptr_t dweight, std::uintptr_t dbias) {
+    Ints row, width;
+    const den::BatchNorm norm = norm_of(addresses, sizes, eps, relu, threads, row, width);
+    py::gil_scoped_release release;
+    den::batch_norm_backward(norm, at<const float>(grad), at<float>(dx), at<float>(dweight), at<float>(dbias));
+}
+
 void pack_weight(std::uintptr_t weight, std::uintptr_t packed, int out_channels, int group_in, int taps, int groups,
                  int threads) {
     py::gil_scoped_release release;
@@ -165,6 +203,8 @@ PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU kernels of den_kernels; see den_kernels/backends/cpu.py.";
     m.def("conv2d", &conv2d);
     m.def("conv2d_backward", &conv2d_backward);
+    m.def("batch_norm", &batch_norm);
+    m.def("batch_norm_backward", &batch_norm_backward);
     m.def("residual_block", &residual_block);
     m.def("pack_weight", &pack_weight);
     m.def("packed_floats", &den::packed_floats, py::arg("out_channels"), py::arg("group_in"), py::arg("taps"),

@@ -3,6 +3,7 @@
 // No standard library here: its inline functions would be merged across instruction sets by the linker.
 #include "kernels.h"
 
+#include "batch_norm_kernels.h"
 #include "conv_tile.h"
 #include "weight_grad_tile.h"
 
@@ -171,6 +172,8 @@ void weight_grad(const den::WeightGradPass& pass) {
 namespace den {
 
 extern const Kernels DEN_CONCAT(kernels_, DEN_ISA_NAME);
-const Kernels DEN_CONCAT(kernels_, DEN_ISA_NAME) = {DEN_STRING(DEN_ISA_NAME), conv, load, weight_grad};
+const Kernels DEN_CONCAT(kernels_, DEN_ISA_NAME) = {
+    DEN_STRING(DEN_ISA_NAME), conv, load, weight_grad,
+    norm_sums<Vec>, norm_apply<Vec>, norm_grad_sums<Vec>, norm_grad_apply<Vec>};
 
 }  // namespace den

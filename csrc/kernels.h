@@ -8,6 +8,7 @@
 
 #include <cstddef>
 
+#include "batch_norm_pass.h"
 #include "weight_grad_pass.h"
 
 namespace den {
@@ -57,6 +58,11 @@ struct Kernels {
     void (*conv)(const ConvPass& pass, int unit0, int unit1, int row0, int row1);
     void (*load)(const MapLoad& load, int row0, int row1);
     void (*weight_grad)(const WeightGradPass& pass);
+    // Batch norm: sums, then results; forward and backward.
+    void (*norm_sums)(const NormPass& pass);
+    void (*norm_apply)(const NormPass& pass);
+    void (*norm_grad_sums)(const NormPass& pass);
+    void (*norm_grad_apply)(const NormPass& pass);
 };
 
 }  // namespace den

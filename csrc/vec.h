@@ -1,4 +1,4 @@
-// The vector type of the instruction set that this translation unit is compiled for, behind six operations.
+// The vector type of the instruction set that this translation unit is compiled for, behind a few operations.
 //
 // Everything is in an anonymous namespace: the same header is compiled with several flags into one library, and an
 // inline function shared between them could be linked in its AVX-512 form into the portable path.
@@ -21,8 +21,13 @@ struct Vec16 {
     static Reg broadcast(const float* p) { return _mm512_set1_ps(*p); }
     static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
     static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
+    static Reg sub(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
     // max(low, a). maxps returns its second operand when one is NaN, so a NaN survives as it does in torch.relu.
     static Reg at_least(Reg low, Reg a) { return _mm512_max_ps(low, a); }
+    // a where y is above 0 or not a number, else 0.
+    static Reg where_positive(Reg y, Reg a) {
+        return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, _mm512_setzero_ps(), _CMP_NLE_UQ), a);
+    }
 };
 
 #endif
@@ -37,7 +42,11 @@ struct Vec8 {
     static Reg broadcast(const float* p) { return _mm256_broadcast_ss(p); }
     static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
     static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
+    static Reg sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
     static Reg at_least(Reg low, Reg a) { return _mm256_max_ps(low, a); }
+    static Reg where_positive(Reg y, Reg a) {
+        return _mm256_and_ps(_mm256_cmp_ps(y, _mm256_setzero_ps(), _CMP_NLE_UQ), a);
+    }
 };
 
 #else
@@ -56,10 +65,15 @@ struct Vec4 {
     static Reg broadcast(const float* p) { return Reg{*p, *p, *p, *p}; }
     static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
     static Reg add(Reg a, Reg b) { return a + b; }
+    static Reg sub(Reg a, Reg b) { return a - b; }
     static Reg at_least(Reg low, Reg a) {
         typedef int Mask __attribute__((vector_size(16)));
         const Mask below = (Mask)(a < low);  // false for NaN, which is kept
         return (Reg)(((Mask)a & ~below) | ((Mask)low & below));
+    }
+    static Reg where_positive(Reg y, Reg a) {
+        typedef int Mask __attribute__((vector_size(16)));
+        return (Reg)((Mask)a & ~(Mask)(y <= zero()));
     }
 };
 

@@ -4,7 +4,7 @@ registers.
 The operators are opaque to torch.compile and torch.export: which backend runs, and what the levels are, is decided
 inside. Arguments arrive checked by `functional.py`.
 
-N samples, C channels, H W space, L levels, B blocks.
+N samples, C channels, H W space, L levels, B blocks, R rows of statistics.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from den_kernels.backends import batch_norm as plain_batch_norm
 from den_kernels.backends import resolve
 from den_kernels.plan import order_and_count
 
@@ -25,6 +26,18 @@ _LIBRARY.define(f"conv2d(Tensor x, Tensor weight, Tensor? bias, {_CONV}, str bac
 _LIBRARY.define(
     f"conv2d_backward(Tensor grad, Tensor x, Tensor weight, {_CONV}, bool[3] output_mask, str backend)"
     " -> (Tensor, Tensor, Tensor)"
+)
+
+# y: x normalised by the statistics of the samples that ran each channel (channels below `width`), row by row, through
+# weight and bias [R, C] and a ReLU if wanted; 0 elsewhere. mean, var (biased), count (of samples): [R, C].
+_NORM = "Tensor? row, Tensor? width, Tensor? weight, Tensor? bias"
+_LIBRARY.define(
+    f"batch_norm(Tensor x, {_NORM}, int rows, float eps, bool relu, str backend)"
+    " -> (Tensor y, Tensor mean, Tensor var, Tensor count)"
+)
+_LIBRARY.define(
+    f"batch_norm_backward(Tensor grad, Tensor x, {_NORM}, Tensor mean, Tensor var, Tensor count, float eps, bool relu, "
+    "str backend) -> (Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define("plan(Tensor level, int num_levels) -> (Tensor, Tensor)")
 
@@ -103,6 +116,52 @@ def _autograd(ctx, grad):
     return dx, dw, db, None, None, None, None, None, None, None
 
 
+# Batch norm
+
+
+def _norm_backend(name: str, x: Tensor):
+    """The backend's own batch norm where it has one, else the plain one."""
+    backend = resolve(name, x.device, x.dtype)
+    return backend if hasattr(backend, "batch_norm") else plain_batch_norm
+
+
+def _batch_norm(x, row, width, weight, bias, rows, eps, relu, backend):
+    y, *statistics = _norm_backend(backend, x).batch_norm(x, row, width, weight, bias, rows, eps, relu)
+    return y.contiguous(memory_format=_layout(x)), *statistics
+
+
+def _batch_norm_fake(x, row, width, weight, bias, rows, eps, relu, backend):
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    tables = (x.new_empty((rows, x.shape[1]), dtype=dtype) for _ in range(3))
+    return torch.empty_like(x, memory_format=_layout(x)), *tables
+
+
+def _batch_norm_backward(grad, x, row, width, weight, bias, mean, var, count, eps, relu, backend):
+    run = _norm_backend(backend, x).batch_norm_backward
+    dx, *rest = run(grad, x, row, width, weight, bias, mean, var, count, eps, relu)
+    return dx.contiguous(memory_format=_layout(x)), *rest
+
+
+def _batch_norm_backward_fake(grad, x, row, width, weight, bias, mean, var, count, eps, relu, backend):
+    return torch.empty_like(x, memory_format=_layout(x)), torch.empty_like(mean), torch.empty_like(mean)
+
+
+def _norm_setup_context(ctx, inputs, output) -> None:
+    x, row, width, weight, bias, rows, ctx.eps, ctx.relu, ctx.backend = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(x, row, width, weight, bias, *output[1:])
+
+
+def _norm_autograd(ctx, grad, *_):
+    x, row, width, weight, bias, *statistics = ctx.saved_tensors
+    dx, dweight, dbias = torch.ops.den_kernels.batch_norm_backward(
+        grad, x, row, width, weight, bias, *statistics, ctx.eps, ctx.relu, ctx.backend
+    )
+    dweight = None if weight is None else dweight.to(weight.dtype)
+    dbias = None if bias is None else dbias.to(bias.dtype)
+    return dx, None, None, dweight, dbias, None, None, None, None
+
+
 # The plan
 
 
@@ -152,13 +211,19 @@ def _residual_block_in_place_fake(x, *args) -> None:
 for _name, _run, _fake in (
     ("conv2d", _conv2d, _conv2d_fake),
     ("conv2d_backward", _conv2d_backward, _conv2d_backward_fake),
+    ("batch_norm", _batch_norm, _batch_norm_fake),
+    ("batch_norm_backward", _batch_norm_backward, _batch_norm_backward_fake),
     ("plan", _plan, _plan_fake),
     ("residual_block", _residual_block, _residual_block_fake),
     ("residual_block_", _residual_block_in_place, _residual_block_in_place_fake),
 ):
     _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"den_kernels::{_name}", _fake, lib=_LIBRARY)
-torch.library.register_autograd("den_kernels::conv2d", _autograd, setup_context=_setup_context, lib=_LIBRARY)
+for _name, _gradient, _context in (
+    ("conv2d", _autograd, _setup_context),
+    ("batch_norm", _norm_autograd, _norm_setup_context),
+):
+    torch.library.register_autograd(f"den_kernels::{_name}", _gradient, setup_context=_context, lib=_LIBRARY)
 
 
 # FLOPs: multiply-adds x 2 of the channels that the samples ran (all of them where the widths hold no values, as in

@@ -1,6 +1,6 @@
 """The `cpu` backend: the C++ kernels of csrc/, for float32 on a CPU.
 
-Forward of the elastic convolution, and the fused residual block for inference. Each sample runs its own width: nothing
+The elastic convolution and batch norm, forward and backward, and the fused residual block for inference. Each sample runs its own width: nothing
 is gathered or sorted, and no primitive is built for a shape. The extension links no torch: tensors go in as addresses,
 so everything about them is checked before the call (shapes and dtypes in `functional.py`, values in `bindings.cpp`).
 
@@ -16,6 +16,8 @@ from types import ModuleType
 
 import torch  # before the extension: torch brings the OpenMP library that both must share
 from torch import Tensor
+
+from . import batch_norm as plain
 
 NAME = "cpu"
 
@@ -164,6 +166,74 @@ def conv2d_backward(
         torch.get_num_threads(),
     )
     return dx if dx is None or channels_last else dx.contiguous(), dweight, dbias
+
+
+def batch_norm(
+    x: Tensor,
+    row: Tensor | None,
+    width: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rows: int,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y like x, and mean, biased variance and count of samples [R, C] of this batch; see `ops.py`.
+
+    Raises ValueError for a row or width out of range.
+    """
+    if not _native_norm(x, weight):
+        return plain.batch_norm(x, row, width, weight, bias, rows, eps, relu)
+    x_NHWC = x.contiguous(memory_format=torch.channels_last)
+    y = torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last)
+    mean, var, count = (torch.empty((rows, x.shape[1]), dtype=x.dtype) for _ in range(3))
+    norm = _Norm(x_NHWC, row, width, weight, bias, mean, var, count, eps, relu)
+    _extension().batch_norm(*norm.arguments, y.data_ptr())
+    return y, mean, var, count
+
+
+def batch_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    row: Tensor | None,
+    width: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx like x, dweight and dbias [R, C], of what `batch_norm` computed."""
+    if not _native_norm(x, weight):
+        return plain.batch_norm_backward(grad, x, row, width, weight, bias, mean, var, count, eps, relu)
+    grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
+    dx = torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last)
+    dweight, dbias = torch.empty(mean.shape, dtype=x.dtype), torch.empty(mean.shape, dtype=x.dtype)
+    norm = _Norm(x, row, width, weight, bias, mean, var, count, eps, relu)
+    _extension().batch_norm_backward(
+        *norm.arguments, grad.data_ptr(), dx.data_ptr(), dweight.data_ptr(), dbias.data_ptr()
+    )
+    return dx, dweight, dbias
+
+
+def _native_norm(x: Tensor, weight: Tensor | None) -> bool:
+    """Whether the extension's batch norm takes these dtypes."""
+    return x.dtype == torch.float32 and (weight is None or weight.dtype == torch.float32)
+
+
+class _Norm:
+    """The arguments that the extension's batch norm takes, and the tensors that must live while it runs."""
+
+    def __init__(self, x, row, width, weight, bias, mean, var, count, eps: float, relu: bool):
+        N, C, H, W = x.shape
+        self.tensors = (
+            *(x, _int32(row), _int32(width)),
+            *(None if t is None else t.contiguous() for t in (weight, bias, mean, var, count)),
+        )
+        sizes = (N, C, H * W, mean.shape[0])
+        self.arguments = ([_address(t) for t in self.tensors], sizes, eps, relu, torch.get_num_threads())
 
 
 def pack_weight(weight: Tensor, groups: int) -> Tensor:
