@@ -13,7 +13,7 @@ namespace den {
 namespace {
 
 // Pixels summed in one float; these sums are then added in double.
-constexpr int kChunkPixels = 1024;
+constexpr int kChunkPixels = 256;
 
 using Doubles = std::vector<double>;
 using Floats = std::vector<float>;
@@ -120,12 +120,12 @@ void batch_norm(const BatchNorm& norm, float* y) {
     const Kernels& kernel = kernels();
     const Chunks chunks(norm);
     const int count = chunks.count(), threads = std::max(1, norm.threads);
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 4) if (threads > 1)
     for (int i = 0; i < count; ++i)
         if (chunks.width(i) > 0) kernel.norm_sums(chunks.pass(i));
     statistics(norm, chunks);
     const Floats scale = scales(norm), bias = biases(norm);
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 4) if (threads > 1)
     for (int i = 0; i < count; ++i) {
         NormPass pass = chunks.pass(i);
         pass.out = y + chunks.offset(i);
@@ -151,7 +151,7 @@ void batch_norm_backward(const BatchNorm& norm, const float* grad, float* dx, fl
         pass.bias = bias.data() + chunks.row(i);
         return pass;
     };
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 4) if (threads > 1)
     for (int i = 0; i < count; ++i)
         if (chunks.width(i) > 0) kernel.norm_grad_sums(pass_of(i));
 
@@ -170,7 +170,7 @@ void batch_norm_backward(const BatchNorm& norm, const float* grad, float* dx, fl
         by_x[i] = float(-scale[i] * product[i] / variance / elements);
         constant[i] = float(-scale[i] * sum[i] / elements);
     }
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 4) if (threads > 1)
     for (int i = 0; i < count; ++i) {
         NormPass pass = pass_of(i);
         pass.out = dx + chunks.offset(i);

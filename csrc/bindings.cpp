@@ -86,14 +86,15 @@ const int* widths_or_full(const char* name, std::uintptr_t address, int samples,
     return at<const int>(address);
 }
 
-void conv2d(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t out, std::uintptr_t in_width,
-            std::uintptr_t out_width, const Ints& sizes, const Ints& window, int threads) {
+void conv2d(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t residual, std::uintptr_t out,
+            std::uintptr_t in_width, std::uintptr_t out_width, const Ints& sizes, const Ints& window, int threads) {
     den::Conv2d args{};
     args.shape = conv_shape(sizes, window);
     args.samples = sizes[0];
     args.x = at<const float>(x);
     args.weight = at<const float>(weight);
     args.bias = at<const float>(bias);
+    args.residual = at<const float>(residual);
     args.out = at<float>(out);
     args.threads = threads;
     const den::ConvShape& s = args.shape;

@@ -25,7 +25,8 @@ public:
     // is its bias alone.
     int computed(int n) const {
         const ConvShape& s = args_.shape;
-        return s.groups == 1 ? out_width(n) : std::min(out_width(n), in_width(n) / s.group_in() * s.group_out());
+        if (s.groups == 1) return in_width(n) > 0 ? out_width(n) : 0;
+        return std::min(out_width(n), in_width(n) / s.group_in() * s.group_out());
     }
 
     // A cost for every sample that has something to write, even when nothing is to be multiplied.
@@ -60,31 +61,40 @@ public:
         ConvPass pass = map_.pass(map, packed_, in_width(n), computed(n));
         pass.mul = ones_;
         pass.add = bias_;
-        pass.out = image(n);
+        pass.residual = args_.residual ? args_.residual + offset(n) : nullptr;
+        pass.out = args_.out + offset(n);
         pass.out_row = std::ptrdiff_t(s.out_width()) * s.out_channels;
         pass.out_block = kBlock;
         pass.out_col = out_columns_.data();
         kernels_.conv(pass, unit0, unit1, row0, row1);
     }
 
-    // The output channels that no multiplication reaches: bias alone, then zeros beyond the width.
+    // The output channels that no multiplication reaches: the residual, or bias alone and then zeros beyond the width.
     void fill_rest(int n, int row0, int row1) const {
         const ConvShape& s = args_.shape;
-        const int from = computed(n), width = out_width(n);
-        if (from == s.out_channels) return;
-        float* pixel = image(n) + std::ptrdiff_t(row0) * s.out_width() * s.out_channels;
-        for (std::ptrdiff_t i = 0; i < std::ptrdiff_t(row1 - row0) * s.out_width(); ++i, pixel += s.out_channels) {
+        const int from = computed(n), width = out_width(n), channels = s.out_channels;
+        if (from == channels) return;
+        const std::ptrdiff_t first = std::ptrdiff_t(row0) * s.out_width() * channels;
+        const std::ptrdiff_t pixels = std::ptrdiff_t(row1 - row0) * s.out_width();
+        float* pixel = args_.out + offset(n) + first;
+        if (args_.residual) {
+            const float* residual = args_.residual + offset(n) + first;
+            for (std::ptrdiff_t i = 0; i < pixels; ++i, pixel += channels, residual += channels)
+                std::copy_n(residual + from, channels - from, pixel + from);
+            return;
+        }
+        for (std::ptrdiff_t i = 0; i < pixels; ++i, pixel += channels) {
             if (from < width) std::copy_n(bias_ + from, width - from, pixel + from);
-            std::fill_n(pixel + width, s.out_channels - width, 0.0f);
+            std::fill_n(pixel + width, channels - width, 0.0f);
         }
     }
 
     int units(int n) const { return args_.shape.units(computed(n)); }
 
 private:
-    float* image(int n) const {
+    std::ptrdiff_t offset(int n) const {
         const ConvShape& s = args_.shape;
-        return args_.out + std::ptrdiff_t(n) * s.out_height() * s.out_width() * s.out_channels;
+        return std::ptrdiff_t(n) * s.out_height() * s.out_width() * s.out_channels;
     }
 
     const Conv2d& args_;
@@ -134,11 +144,12 @@ void conv2d(const Conv2d& args) {
 #pragma omp for schedule(dynamic, 1) nowait
         for (int i = 0; i < whole; ++i) {
             const int n = order[i];
+            run.fill_rest(n, 0, out_height);
+            if (run.units(n) == 0) continue;
             if (!bordered) run.zero_borders(map);  // once: samples only write inside
             bordered = true;
             run.load_rows(map, n, 0, shape.height);
             run.conv(map, n, 0, run.units(n), 0, out_height);
-            run.fill_rest(n, 0, out_height);
         }
         if (shared) {
 #pragma omp for schedule(dynamic, 1)

@@ -144,13 +144,12 @@ class ResidualBlock(Block):
             h = self.norm1(x, width=trunk_N, set_index=set_index, relu=True)
             h = self.conv1.forward_widths(h, None, hidden_N)
             h = self.norm2(h, width=hidden_N, set_index=set_index, relu=True)
-            z = y + self.conv2.forward_widths(h, hidden_N, None)
-        else:
-            out_N = ran_N * self.out_channels if skipped else None
-            h = self.conv1.forward_widths(x, None, hidden_N)
-            h = self.norm1(h, width=hidden_N, set_index=set_index, relu=True)
-            h = self.conv2.forward_widths(h, hidden_N, None)
-            z = F.relu(y + self.norm2(h, level_N, width=out_N, set_index=set_index))
+            return self.conv2.forward_widths(h, hidden_N, None, residual=y)  # y itself at width 0
+        out_N = ran_N * self.out_channels if skipped else None
+        h = self.conv1.forward_widths(x, None, hidden_N)
+        h = self.norm1(h, width=hidden_N, set_index=set_index, relu=True)
+        h = self.conv2.forward_widths(h, hidden_N, None)
+        z = F.relu(y + self.norm2(h, level_N, width=out_N, set_index=set_index))
         return torch.where(ran_N[:, None, None, None], z, y) if skipped else z
 
     def macs(self, height: int, width: int) -> tuple[tuple[int, ...], tuple[int, int]]:

@@ -154,8 +154,13 @@ class DENConv2d(nn.Conv2d):
         out_width = None if self.out_widths is None else self.out_widths.index_select(0, level)
         return self.forward_widths(x, in_width, out_width)
 
-    def forward_widths(self, x: Tensor, in_width: Tensor | None, out_width: Tensor | None) -> Tensor:
-        """The same with the widths themselves, integer [N] or None, for callers that already hold them."""
+    def forward_widths(
+        self, x: Tensor, in_width: Tensor | None, out_width: Tensor | None, residual: Tensor | None = None
+    ) -> Tensor:
+        """The same with the widths themselves, integer [N] or None, for callers that already hold them.
+
+        residual: added to the result, see `den_conv2d`.
+        """
         padding = self.padding
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
@@ -174,6 +179,7 @@ class DENConv2d(nn.Conv2d):
             dilation=self.dilation,
             groups=self.groups,
             backend=self.backend,
+            residual=residual,
         )
 
     def extra_repr(self) -> str:

@@ -28,6 +28,12 @@ _LIBRARY.define(
     " -> (Tensor, Tensor, Tensor)"
 )
 
+# residual + conv2d for the samples that read any channel; the others are their residual, bit for bit.
+_LIBRARY.define(
+    "conv2d_add(Tensor x, Tensor weight, Tensor residual, Tensor? in_width, SymInt[2] stride, SymInt[2] padding, "
+    "SymInt[2] dilation, SymInt groups, str backend) -> Tensor"
+)
+
 # y: x normalised by the statistics of the samples that ran each channel (channels below `width`), row by row, through
 # weight and bias [R, C] and a ReLU if wanted; 0 elsewhere. mean, var (biased), count (of samples): [R, C].
 _NORM = "Tensor? row, Tensor? width, Tensor? weight, Tensor? bias"
@@ -114,6 +120,43 @@ def _autograd(ctx, grad):
     )
     dx, dw, db = (g if wanted else None for g, wanted in zip(grads, mask, strict=True))
     return dx, dw, db, None, None, None, None, None, None, None
+
+
+# The primitive on top of a residual
+
+
+def _conv2d_add(x, weight, residual, in_width, stride, padding, dilation, groups, backend) -> Tensor:
+    if x.shape[0] == 0:
+        return torch.empty_like(residual, memory_format=_layout(x))
+    module = resolve(backend, x.device, x.dtype)
+    if hasattr(module, "conv2d_add"):
+        y = module.conv2d_add(x, weight, residual, in_width, stride, padding, dilation, groups)
+    else:
+        y = residual + module.conv2d(x, weight, None, in_width, None, stride, padding, dilation, groups)
+        if in_width is not None:
+            y = torch.where((in_width > 0).view(-1, 1, 1, 1), y, residual)
+    return y.contiguous(memory_format=_layout(x))
+
+
+def _conv2d_add_fake(x, weight, residual, in_width, stride, padding, dilation, groups, backend) -> Tensor:
+    return torch.empty_like(residual, memory_format=_layout(x))
+
+
+def _add_setup_context(ctx, inputs, output) -> None:
+    x, weight, _, in_width, *ctx.geometry, ctx.backend = inputs
+    ctx.save_for_backward(x, weight, in_width)
+
+
+def _add_autograd(ctx, grad):
+    x, weight, in_width = ctx.saved_tensors
+    dx = dweight = None
+    if any(ctx.needs_input_grad[:2]):
+        mask = [*ctx.needs_input_grad[:2], False]
+        grads = torch.ops.den_kernels.conv2d_backward(
+            grad, x, weight, in_width, None, *ctx.geometry, mask, ctx.backend
+        )
+        dx, dweight = (g if wanted else None for g, wanted in zip(grads[:2], mask[:2], strict=True))
+    return dx, dweight, grad if ctx.needs_input_grad[2] else None, None, None, None, None, None, None
 
 
 # Batch norm
@@ -211,6 +254,7 @@ def _residual_block_in_place_fake(x, *args) -> None:
 for _name, _run, _fake in (
     ("conv2d", _conv2d, _conv2d_fake),
     ("conv2d_backward", _conv2d_backward, _conv2d_backward_fake),
+    ("conv2d_add", _conv2d_add, _conv2d_add_fake),
     ("batch_norm", _batch_norm, _batch_norm_fake),
     ("batch_norm_backward", _batch_norm_backward, _batch_norm_backward_fake),
     ("plan", _plan, _plan_fake),
@@ -221,6 +265,7 @@ for _name, _run, _fake in (
     torch.library.register_fake(f"den_kernels::{_name}", _fake, lib=_LIBRARY)
 for _name, _gradient, _context in (
     ("conv2d", _autograd, _setup_context),
+    ("conv2d_add", _add_autograd, _add_setup_context),
     ("batch_norm", _norm_autograd, _norm_setup_context),
 ):
     torch.library.register_autograd(f"den_kernels::{_name}", _gradient, setup_context=_context, lib=_LIBRARY)
@@ -252,6 +297,11 @@ def _macs(x: Tensor, weight: Tensor, in_width, out_width, stride, padding, dilat
 @register_flop_formula(torch.ops.den_kernels.conv2d, get_raw=True)
 def _conv2d_flop(x, weight, bias, in_width, out_width, stride, padding, dilation, groups, backend, **_) -> int:
     return 2 * _macs(x, weight, in_width, out_width, stride, padding, dilation, groups)
+
+
+@register_flop_formula(torch.ops.den_kernels.conv2d_add, get_raw=True)
+def _conv2d_add_flop(x, weight, residual, in_width, stride, padding, dilation, groups, backend, **_) -> int:
+    return 2 * _macs(x, weight, in_width, None, stride, padding, dilation, groups)
 
 
 @register_flop_formula(torch.ops.den_kernels.conv2d_backward, get_raw=True)

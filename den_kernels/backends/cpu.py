@@ -94,9 +94,11 @@ def conv2d(
     padding: Pair,
     dilation: Pair,
     groups: int,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """The elastic convolution, x [N, C, H, W] float32 -> [N, C_out, H_out, W_out]; channels_last if x is.
 
+    residual: like the result, added to it; a sample of input width 0 is its residual, bit for bit.
     Raises ValueError for a width out of range or, with groups, not of whole groups.
     """
     extension = _extension()
@@ -104,6 +106,7 @@ def conv2d(
     x_NHWC = x if channels_last else x.contiguous(memory_format=torch.channels_last)
     weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
+    residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
     in_width, out_width = _int32(in_width), _int32(out_width)
     N, C, H, W = x.shape
     C_out, _, *kernel = weight.shape
@@ -116,6 +119,7 @@ def conv2d(
         x_NHWC.data_ptr(),
         weight.data_ptr(),
         _address(bias),
+        _address(residual),
         out.data_ptr(),
         _address(in_width),
         _address(out_width),
@@ -124,6 +128,20 @@ def conv2d(
         torch.get_num_threads(),
     )
     return out if channels_last else out.contiguous()
+
+
+def conv2d_add(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    in_width: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> Tensor:
+    """residual + `conv2d`, in one pass."""
+    return conv2d(x, weight, None, in_width, None, stride, padding, dilation, groups, residual)
 
 
 def conv2d_backward(
