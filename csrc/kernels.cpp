@@ -6,6 +6,7 @@
 #include "batch_norm_kernels.h"
 #include "conv_tile.h"
 #include "weight_grad_tile.h"
+#include "weight_grad_transforms.h"
 
 namespace {
 
@@ -174,6 +175,7 @@ namespace den {
 extern const Kernels DEN_CONCAT(kernels_, DEN_ISA_NAME);
 const Kernels DEN_CONCAT(kernels_, DEN_ISA_NAME) = {
     DEN_STRING(DEN_ISA_NAME), conv, load, weight_grad,
+    transform_tiles<Vec, 6, input_points<Vec>>, transform_tiles<Vec, 4, grad_points<Vec>>, transform_weight<Vec>,
     norm_sums<Vec>, norm_apply<Vec>, norm_grad_sums<Vec>, norm_grad_apply<Vec>};
 
 }  // namespace den

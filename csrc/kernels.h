@@ -58,6 +58,10 @@ struct Kernels {
     void (*conv)(const ConvPass& pass, int unit0, int unit1, int row0, int row1);
     void (*load)(const MapLoad& load, int row0, int row1);
     void (*weight_grad)(const WeightGradPass& pass);
+    // Winograd's weight gradient: inputs and gradients to places, sums of places to taps.
+    void (*transform_input)(const TileTransform& pass);
+    void (*transform_grad)(const TileTransform& pass);
+    void (*transform_weight)(float* block);
     // Batch norm: sums, then results; forward and backward.
     void (*norm_sums)(const NormPass& pass);
     void (*norm_apply)(const NormPass& pass);

@@ -1,4 +1,4 @@
-// What a kernel of the weight gradient is given.
+// What the kernels of the weight gradient are given.
 #pragma once
 
 #include <cstddef>
@@ -19,6 +19,16 @@ struct WeightGradPass {
     // [block of 16 outputs][tap][16 inputs][16 outputs]
     float* dweight;
     std::ptrdiff_t dweight_block;  // floats between blocks of outputs
+};
+
+// Tiles of a blocked map to the places of Winograd's F(3x3, 4x4): tile (y, x) of 16 channels begins at
+// in + 4 * (y * in_row + 16 * x), and its place p goes to out + p * out_place + 16 * (y * tiles_x + x).
+struct TileTransform {
+    const float* in;
+    std::ptrdiff_t in_row, in_block;
+    float* out;
+    std::ptrdiff_t out_place, out_block;
+    int tiles_y, tiles_x, blocks;
 };
 
 }  // namespace den
