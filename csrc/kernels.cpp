@@ -175,7 +175,7 @@ namespace den {
 extern const Kernels DEN_CONCAT(kernels_, DEN_ISA_NAME);
 const Kernels DEN_CONCAT(kernels_, DEN_ISA_NAME) = {
     DEN_STRING(DEN_ISA_NAME), conv, load, weight_grad,
-    transform_tiles<Vec, 6, input_points<Vec>>, transform_tiles<Vec, 4, grad_points<Vec>>, transform_weight<Vec>,
+    transform_tiles<Vec, InputPoints>, transform_tiles<Vec, GradPoints>, transform_weight<Vec>,
     norm_sums<Vec>, norm_apply<Vec>, norm_grad_sums<Vec>, norm_grad_apply<Vec>};
 
 }  // namespace den

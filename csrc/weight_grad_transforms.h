@@ -9,37 +9,45 @@
 namespace {
 
 template <class V>
-typename V::Reg times(float factor, typename V::Reg a, typename V::Reg b) {
+[[gnu::always_inline]] inline typename V::Reg times(float factor, typename V::Reg a, typename V::Reg b) {
     return V::fma(V::broadcast(&factor), a, b);  // factor * a + b
 }
 
 // B^T d
-template <class V>
-void input_points(const typename V::Reg* d, typename V::Reg* t) {
-    using Reg = typename V::Reg;
-    t[0] = times<V>(4, d[0], times<V>(-5, d[2], d[4]));
-    const Reg even = times<V>(-4, d[2], d[4]), odd = times<V>(-4, d[1], d[3]);
-    t[1] = V::add(even, odd), t[2] = V::sub(even, odd);
-    const Reg difference = V::sub(d[4], d[2]), twice = V::sub(d[3], d[1]);
-    t[3] = times<V>(2, twice, difference), t[4] = times<V>(-2, twice, difference);
-    t[5] = times<V>(4, d[1], times<V>(-5, d[3], d[5]));
-}
+struct InputPoints {
+    static constexpr int from = 6;
+
+    template <class V>
+    [[gnu::always_inline]] static void run(const typename V::Reg* d, typename V::Reg* t) {
+        using Reg = typename V::Reg;
+        t[0] = times<V>(4, d[0], times<V>(-5, d[2], d[4]));
+        const Reg even = times<V>(-4, d[2], d[4]), odd = times<V>(-4, d[1], d[3]);
+        t[1] = V::add(even, odd), t[2] = V::sub(even, odd);
+        const Reg difference = V::sub(d[4], d[2]), twice = V::sub(d[3], d[1]);
+        t[3] = times<V>(2, twice, difference), t[4] = times<V>(-2, twice, difference);
+        t[5] = times<V>(4, d[1], times<V>(-5, d[3], d[5]));
+    }
+};
 
 // A y
-template <class V>
-void grad_points(const typename V::Reg* y, typename V::Reg* t) {
-    using Reg = typename V::Reg;
-    t[0] = y[0];
-    const Reg even = V::add(y[0], y[2]), odd = V::add(y[1], y[3]);
-    t[1] = V::add(even, odd), t[2] = V::sub(even, odd);
-    const Reg even2 = times<V>(4, y[2], y[0]), half = times<V>(4, y[3], y[1]);
-    t[3] = times<V>(2, half, even2), t[4] = times<V>(-2, half, even2);
-    t[5] = y[3];
-}
+struct GradPoints {
+    static constexpr int from = 4;
+
+    template <class V>
+    [[gnu::always_inline]] static void run(const typename V::Reg* y, typename V::Reg* t) {
+        using Reg = typename V::Reg;
+        t[0] = y[0];
+        const Reg even = V::add(y[0], y[2]), odd = V::add(y[1], y[3]);
+        t[1] = V::add(even, odd), t[2] = V::sub(even, odd);
+        const Reg even2 = times<V>(4, y[2], y[0]), half = times<V>(4, y[3], y[1]);
+        t[3] = times<V>(2, half, even2), t[4] = times<V>(-2, half, even2);
+        t[5] = y[3];
+    }
+};
 
 // G^T u
 template <class V>
-void weight_points(const typename V::Reg* u, typename V::Reg* g) {
+[[gnu::always_inline]] inline void weight_points(const typename V::Reg* u, typename V::Reg* g) {
     using Reg = typename V::Reg;
     const Reg zero = V::zero();
     const Reg sum1 = V::add(u[1], u[2]), sum2 = V::add(u[3], u[4]);
@@ -49,10 +57,10 @@ void weight_points(const typename V::Reg* u, typename V::Reg* g) {
     g[2] = V::add(u[5], times<V>(1.0f / 6, sum2, sixth));
 }
 
-template <class V, int From, void (*Points)(const typename V::Reg*, typename V::Reg*)>
+template <class V, class Points>
 void transform_tiles(const den::TileTransform& pass) {
     using Reg = typename V::Reg;
-    constexpr int kBlock = den::kBlock;
+    constexpr int kBlock = den::kBlock, From = Points::from;
     for (int block = 0; block < pass.blocks; ++block)
         for (int ty = 0; ty < pass.tiles_y; ++ty)
             for (int tx = 0; tx < pass.tiles_x; ++tx)
@@ -65,14 +73,14 @@ void transform_tiles(const den::TileTransform& pass) {
                         Reg column[From], t[6];
 #pragma GCC unroll 6
                         for (int y = 0; y < From; ++y) column[y] = V::load(in + y * pass.in_row + x * kBlock);
-                        Points(column, t);
+                        Points::template run<V>(column, t);
 #pragma GCC unroll 6
                         for (int y = 0; y < 6; ++y) half[y][x] = t[y];
                     }
 #pragma GCC unroll 1
                     for (int y = 0; y < 6; ++y) {
                         Reg t[6];
-                        Points(half[y], t);
+                        Points::template run<V>(half[y], t);
 #pragma GCC unroll 6
                         for (int x = 0; x < 6; ++x) V::store(out + (6 * y + x) * pass.out_place, t[x]);
                     }
