@@ -67,6 +67,9 @@ void transform_tiles(const den::TileTransform& pass) {
                 for (int lane = 0; lane < kBlock; lane += V::lanes) {
                     const float* in = pass.in + block * pass.in_block + 4 * ty * pass.in_row + 4 * tx * kBlock + lane;
                     float* out = pass.out + block * pass.out_block + (ty * pass.tiles_x + tx) * kBlock + lane;
+                    if (lane == 0)  // 36 streams of stores: more than the hardware prefetches
+#pragma GCC unroll 1
+                        for (int p = 0; p < 36; ++p) __builtin_prefetch(out + p * pass.out_place + 2 * kBlock, 1);
                     alignas(64) Reg half[6][From];
 #pragma GCC unroll 6
                     for (int x = 0; x < From; ++x) {

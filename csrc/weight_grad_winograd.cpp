@@ -19,7 +19,7 @@ constexpr int kPlaces = 36;
 constexpr int kStripTiles = 128;
 constexpr int kTaskOutputs = 32;
 // Transformed maps kept at a time: in the third cache; of one place, in the second.
-constexpr std::size_t kChunkFloats = std::size_t(1) << 21;
+constexpr std::size_t kChunkFloats = std::size_t(1) << 20;
 // Fewer tiles than this in a batch do not repay the passes over 36 sums for each pair of channels.
 constexpr int kFewestTiles = 64;
 
