@@ -7,7 +7,9 @@
 #include <stdexcept>
 #include <string>
 
+#include "batch_norm.h"
 #include "conv2d.h"
+#include "conv2d_backward.h"
 #include "dispatch.h"
 #include "pack.h"
 #include "residual_block.h"
@@ -71,43 +73,47 @@ void with_element(const std::string& dtype, Run run) {
 }
 
 using Ints = std::vector<int>;
+using Addresses = std::vector<std::uintptr_t>;
+
+den::ConvShape conv_shape(const Ints& sizes, const Ints& window) {
+    if (sizes.size() != 6 || window.size() != 8) fail("sizes must hold 6 integers and window 8");
+    return {sizes[1],
+            sizes[4],
+            sizes[5],
+            sizes[2],
+            sizes[3],
+            {window[0], window[1]},
+            {window[2], window[3]},
+            {window[4], window[5]},
+            {window[6], window[7]}};
+}
+
+// The widths at `address`, checked; `full`, filled with `channels`, where there are none.
+const int* widths_or_full(const char* name, std::uintptr_t address, int samples, int channels, int groups, Ints& full) {
+    if (!address) {
+        full.assign(samples, channels);
+        return full.data();
+    }
+    check_widths(name, at<const int>(address), samples, channels, groups);
+    return at<const int>(address);
+}
 
 template <class T>
-void conv2d_of(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t out, std::uintptr_t in_width,
-               std::uintptr_t out_width, const Ints& sizes, const Ints& window, int threads) {
-    if (sizes.size() != 6 || window.size() != 8) fail("sizes must hold 6 integers and window 8");
+void conv2d_of(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t residual, std::uintptr_t out,
+               std::uintptr_t in_width, std::uintptr_t out_width, const Ints& sizes, const Ints& window, int threads) {
     den::Conv2d<T> args{};
+    args.shape = conv_shape(sizes, window);
     args.samples = sizes[0];
-    args.shape = {sizes[1],
-                  sizes[4],
-                  sizes[5],
-                  sizes[2],
-                  sizes[3],
-                  {window[0], window[1]},
-                  {window[2], window[3]},
-                  {window[4], window[5]},
-                  {window[6], window[7]}};
     args.x = at<const T>(x);
     args.weight = at<const T>(weight);
     args.bias = at<const T>(bias);
+    args.residual = at<const T>(residual);
     args.out = at<T>(out);
     args.threads = threads;
     const den::ConvShape& s = args.shape;
     Ints full_in, full_out;
-    if (in_width) {
-        args.in_width = at<const int>(in_width);
-        check_widths("in_width", args.in_width, args.samples, s.in_channels, s.groups);
-    } else {
-        full_in.assign(args.samples, s.in_channels);
-        args.in_width = full_in.data();
-    }
-    if (out_width) {
-        args.out_width = at<const int>(out_width);
-        check_widths("out_width", args.out_width, args.samples, s.out_channels, s.groups);
-    } else {
-        full_out.assign(args.samples, s.out_channels);
-        args.out_width = full_out.data();
-    }
+    args.in_width = widths_or_full("in_width", in_width, args.samples, s.in_channels, s.groups, full_in);
+    args.out_width = widths_or_full("out_width", out_width, args.samples, s.out_channels, s.groups, full_out);
     py::gil_scoped_release release;
     den::conv2d(args);
 }
@@ -205,11 +211,70 @@ private:
     std::vector<std::int64_t> values_;  // of each packed weight
 };
 
-void conv2d(const std::string& dtype, std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t out,
-            std::uintptr_t in_width, std::uintptr_t out_width, const Ints& sizes, const Ints& window, int threads) {
+void conv2d(const std::string& dtype, std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias,
+            std::uintptr_t residual, std::uintptr_t out, std::uintptr_t in_width, std::uintptr_t out_width,
+            const Ints& sizes, const Ints& window, int threads) {
     with_element(dtype, [&](auto element) {
-        conv2d_of<decltype(element)>(x, weight, bias, out, in_width, out_width, sizes, window, threads);
+        conv2d_of<decltype(element)>(x, weight, bias, residual, out, in_width, out_width, sizes, window, threads);
     });
+}
+
+void conv2d_backward(std::uintptr_t grad, std::uintptr_t x, std::uintptr_t weight, std::uintptr_t dx,
+                     std::uintptr_t dweight, std::uintptr_t dbias, std::uintptr_t in_width, std::uintptr_t out_width,
+                     const Ints& sizes, const Ints& window, int threads) {
+    den::Conv2dBackward args{};
+    args.shape = conv_shape(sizes, window);
+    args.samples = sizes[0];
+    args.grad = at<const float>(grad);
+    args.x = at<const float>(x);
+    args.weight = at<const float>(weight);
+    args.dx = at<float>(dx);
+    args.dweight = at<float>(dweight);
+    args.dbias = at<float>(dbias);
+    args.threads = threads;
+    const den::ConvShape& s = args.shape;
+    Ints full_in, full_out;
+    args.in_width = widths_or_full("in_width", in_width, args.samples, s.in_channels, s.groups, full_in);
+    args.out_width = widths_or_full("out_width", out_width, args.samples, s.out_channels, s.groups, full_out);
+    py::gil_scoped_release release;
+    den::conv2d_backward(args);
+}
+
+// Addresses: x, row, width, weight, bias, mean, var, count. Sizes: samples, channels, pixels, rows.
+den::BatchNorm norm_of(const Addresses& a, const Ints& sizes, double eps, bool relu, int threads, Ints& row, Ints& width) {
+    if (a.size() != 8 || sizes.size() != 4) fail("a norm takes 8 addresses and 4 sizes");
+    den::BatchNorm norm{};
+    norm.x = at<const float>(a[0]);
+    norm.samples = sizes[0], norm.channels = sizes[1], norm.pixels = sizes[2], norm.rows = sizes[3];
+    row.assign(norm.samples, 0);
+    norm.row = a[1] ? at<const int>(a[1]) : row.data();
+    for (int n = 0; n < norm.samples; ++n)
+        if (norm.row[n] < 0 || norm.row[n] >= norm.rows)
+            fail(entry("row", n) + " is " + std::to_string(norm.row[n]) + "; it must be between 0 and " +
+                 std::to_string(norm.rows - 1));
+    norm.width = widths_or_full("width", a[2], norm.samples, norm.channels, 1, width);
+    norm.weight = at<const float>(a[3]);
+    norm.bias = at<const float>(a[4]);
+    norm.mean = at<float>(a[5]), norm.var = at<float>(a[6]), norm.count = at<float>(a[7]);
+    norm.eps = eps;
+    norm.relu = relu;
+    norm.threads = threads;
+    return norm;
+}
+
+void batch_norm(const Addresses& addresses, const Ints& sizes, double eps, bool relu, int threads, std::uintptr_t y) {
+    Ints row, width;
+    const den::BatchNorm norm = norm_of(addresses, sizes, eps, relu, threads, row, width);
+    py::gil_scoped_release release;
+    den::batch_norm(norm, at<float>(y));
+}
+
+void batch_norm_backward(const Addresses& addresses, const Ints& sizes, double eps, bool relu, int threads,
+                         std::uintptr_t grad, std::uintptr_t dx, std::uintptr_t dweight, std::uintptr_t dbias) {
+    Ints row, width;
+    const den::BatchNorm norm = norm_of(addresses, sizes, eps, relu, threads, row, width);
+    py::gil_scoped_release release;
+    den::batch_norm_backward(norm, at<const float>(grad), at<float>(dx), at<float>(dweight), at<float>(dbias));
 }
 
 void pack_weight(const std::string& dtype, std::uintptr_t weight, std::uintptr_t packed, int out_channels, int group_in,
@@ -236,6 +301,9 @@ PYBIND11_MODULE(_cpu, m) {
              py::arg("dtype"), py::arg("addresses"), py::arg("spec"))
         .def_property_readonly("blocks", &Chain::blocks)
         .def("run", &Chain::run);
+    m.def("conv2d_backward", &conv2d_backward);
+    m.def("batch_norm", &batch_norm);
+    m.def("batch_norm_backward", &batch_norm_backward);
     m.def("pack_weight", &pack_weight);
     m.def("winograd_pack", &winograd_pack);
     m.def("winograd_packed_floats", &den::winograd_packed_floats, py::arg("tile"), py::arg("out_channels"),

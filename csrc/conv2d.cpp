@@ -28,7 +28,8 @@ public:
     // is its bias alone.
     int computed(int n) const {
         const ConvShape& s = args_.shape;
-        return s.groups == 1 ? out_width(n) : std::min(out_width(n), in_width(n) / s.group_in() * s.group_out());
+        if (s.groups == 1) return in_width(n) > 0 ? out_width(n) : 0;
+        return std::min(out_width(n), in_width(n) / s.group_in() * s.group_out());
     }
 
     // A cost for every sample that has something to write, even when nothing is to be multiplied.
@@ -52,6 +53,7 @@ public:
     void whole_sample(T* map, int n) const {
         const ConvShape& s = args_.shape;
         const int height = s.out_height();
+        if (units(n) == 0) return fill_rest(n, 0, height);
         const int reach = s.dilation.y * (s.kernel.y - 1) + 1 - s.padding.y;
         for (int row0 = 0, loaded = 0; row0 < height; row0 += band_rows(s)) {
             const int row1 = std::min(row0 + band_rows(s), height);
@@ -65,15 +67,23 @@ public:
         }
     }
 
-    // The output channels that no multiplication reaches: bias alone, then zeros beyond the width.
+    // The output channels that no multiplication reaches: the residual, or bias alone and then zeros beyond the width.
     void fill_rest(int n, int row0, int row1) const {
         const ConvShape& s = args_.shape;
-        const int from = computed(n), width = out_width(n);
-        if (from == s.out_channels) return;
-        T* pixel = image(n) + std::ptrdiff_t(row0) * s.out_width() * s.out_channels;
-        for (std::ptrdiff_t i = 0; i < std::ptrdiff_t(row1 - row0) * s.out_width(); ++i, pixel += s.out_channels) {
+        const int from = computed(n), width = out_width(n), channels = s.out_channels;
+        if (from == channels) return;
+        const std::ptrdiff_t first = std::ptrdiff_t(row0) * s.out_width() * channels;
+        const std::ptrdiff_t pixels = std::ptrdiff_t(row1 - row0) * s.out_width();
+        T* pixel = args_.out + offset(n) + first;
+        if (args_.residual) {
+            const T* residual = args_.residual + offset(n) + first;
+            for (std::ptrdiff_t i = 0; i < pixels; ++i, pixel += channels, residual += channels)
+                std::copy_n(residual + from, channels - from, pixel + from);
+            return;
+        }
+        for (std::ptrdiff_t i = 0; i < pixels; ++i, pixel += channels) {
             if (from < width) fill_bias(pixel, from, width);
-            std::fill_n(pixel + width, s.out_channels - width, T{});
+            std::fill_n(pixel + width, channels - width, T{});
         }
     }
 
@@ -125,7 +135,9 @@ private:
         pass.mul = ones_;
         pass.add = bias_;
         pass.out_row = std::ptrdiff_t(s.out_width()) * s.out_channels;
-        pass.out = image(n) + origin * pass.out_row;
+        const std::ptrdiff_t first = offset(n) + origin * pass.out_row;
+        pass.residual = args_.residual ? args_.residual + first : nullptr;
+        pass.out = args_.out + first;
         pass.out_block = kMapBlock<T>;
         pass.out_col = out_columns_.data();
         kernels_.conv(pass, unit0, unit1, row0 - origin, row1 - origin);
@@ -137,9 +149,9 @@ private:
         else
             std::fill(pixel + from, pixel + to, T{});
     }
-    T* image(int n) const {
+    std::ptrdiff_t offset(int n) const {
         const ConvShape& s = args_.shape;
-        return args_.out + std::ptrdiff_t(n) * s.out_height() * s.out_width() * s.out_channels;
+        return std::ptrdiff_t(n) * s.out_height() * s.out_width() * s.out_channels;
     }
 
     const Conv2d<T>& args_;

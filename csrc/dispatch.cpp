@@ -7,9 +7,11 @@ namespace den {
 
 extern const BasicKernels<float> kernels_float_portable;
 extern const BasicKernels<bf16> kernels_bf16_portable;
+extern const TrainingKernels training_portable;
 #if defined(DEN_X86)
 extern const BasicKernels<float> kernels_float_avx512, kernels_float_avx2;
 extern const BasicKernels<bf16> kernels_bf16_avx512_bf16, kernels_bf16_avx512, kernels_bf16_avx2;
+extern const TrainingKernels training_avx512, training_avx2;
 #endif
 
 namespace {
@@ -18,6 +20,7 @@ struct Isa {
     const char* name;
     const BasicKernels<float>& of_float;
     const BasicKernels<bf16>& of_bf16;
+    const TrainingKernels& training;
 };
 
 // Best first. __builtin_cpu_supports also asks the operating system whether it saves the wider registers.
@@ -27,11 +30,11 @@ std::vector<Isa> detect() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl");
     if (avx512 && __builtin_cpu_supports("avx512bf16"))
-        found.push_back({"avx512_bf16", kernels_float_avx512, kernels_bf16_avx512_bf16});
-    if (avx512) found.push_back({"avx512", kernels_float_avx512, kernels_bf16_avx512});
-    if (avx2) found.push_back({"avx2", kernels_float_avx2, kernels_bf16_avx2});
+        found.push_back({"avx512_bf16", kernels_float_avx512, kernels_bf16_avx512_bf16, training_avx512});
+    if (avx512) found.push_back({"avx512", kernels_float_avx512, kernels_bf16_avx512, training_avx512});
+    if (avx2) found.push_back({"avx2", kernels_float_avx2, kernels_bf16_avx2, training_avx2});
 #endif
-    found.push_back({"portable", kernels_float_portable, kernels_bf16_portable});
+    found.push_back({"portable", kernels_float_portable, kernels_bf16_portable, training_portable});
     return found;
 }
 
@@ -56,6 +59,8 @@ template <>
 const BasicKernels<bf16>& kernels() {
     return current().load(std::memory_order_relaxed)->of_bf16;
 }
+
+const TrainingKernels& training_kernels() { return current().load(std::memory_order_relaxed)->training; }
 
 std::vector<std::string> supported_isas() {
     std::vector<std::string> names;

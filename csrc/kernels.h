@@ -12,6 +12,7 @@
 #include <cstddef>
 #include <cstdint>
 
+
 namespace den {
 
 // The upper half of a float. An odd number of channels ends in a pair whose second element is 0.

@@ -61,6 +61,11 @@ struct Vec16 {
 #endif
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
     }
+
+    // a where y is above 0 or not a number, else 0.
+    static Reg where_positive(Reg y, Reg a) {
+        return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, _mm512_setzero_ps(), _CMP_NLE_UQ), a);
+    }
 };
 
 #endif
@@ -103,6 +108,10 @@ struct Vec8 {
         const __m128i half = _mm_packus_epi32(_mm256_castsi256_si128(kept), _mm256_extracti128_si256(kept, 1));
 #endif
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
+    }
+
+    static Reg where_positive(Reg y, Reg a) {
+        return _mm256_and_ps(_mm256_cmp_ps(y, _mm256_setzero_ps(), _CMP_NLE_UQ), a);
     }
 };
 
@@ -153,6 +162,10 @@ struct Vec4 {
         const Words rounded = bits + ((bits >> 16) & 1) + 0x7fff;
         const Words kept = ((rounded & ~nan) | ((bits | 0x400000) & nan)) >> 16;
         for (int i = 0; i < lanes; ++i) p[i].bits = std::uint16_t(kept[i]);
+    }
+    static Reg where_positive(Reg y, Reg a) {
+        typedef int Mask __attribute__((vector_size(16)));
+        return (Reg)((Mask)a & ~(Mask)(y <= zero()));
     }
 };
 

@@ -141,16 +141,15 @@ class ResidualBlock(Block):
         y = shortcut(x, self.stride, self.out_channels)
         if self.preactivation:
             trunk_N = ran_N * self.in_channels if skipped else None
-            h = F.relu(self.norm1(x, width=trunk_N, set_index=set_index))
+            h = self.norm1(x, width=trunk_N, set_index=set_index, relu=True)
             h = self.conv1.forward_widths(h, None, hidden_N)
-            h = F.relu(self.norm2(h, width=hidden_N, set_index=set_index))
-            z = y + self.conv2.forward_widths(h, hidden_N, None)
-        else:
-            out_N = ran_N * self.out_channels if skipped else None
-            h = self.conv1.forward_widths(x, None, hidden_N)
-            h = F.relu(self.norm1(h, width=hidden_N, set_index=set_index))
-            h = self.conv2.forward_widths(h, hidden_N, None)
-            z = F.relu(y + self.norm2(h, level_N, width=out_N, set_index=set_index))
+            h = self.norm2(h, width=hidden_N, set_index=set_index, relu=True)
+            return self.conv2.forward_widths(h, hidden_N, None, residual=y)  # y itself at width 0
+        out_N = ran_N * self.out_channels if skipped else None
+        h = self.conv1.forward_widths(x, None, hidden_N)
+        h = self.norm1(h, width=hidden_N, set_index=set_index, relu=True)
+        h = self.conv2.forward_widths(h, hidden_N, None)
+        z = F.relu(y + self.norm2(h, level_N, width=out_N, set_index=set_index))
         return torch.where(ran_N[:, None, None, None], z, y) if skipped else z
 
     def macs(self, height: int, width: int) -> tuple[tuple[int, ...], tuple[int, int]]:
@@ -214,9 +213,9 @@ class ConvPairBlock(Block):
         """
         hidden_N = self.width(level_N)
         h = expand(self.conv1, x, hidden_N, entry_stride)
-        h = F.relu(self.norm1(h, width=hidden_N, set_index=set_index))
+        h = self.norm1(h, width=hidden_N, set_index=set_index, relu=True)
         h = self.conv2.forward_widths(pool(h, self.pools[0]), hidden_N, None)
-        h = F.relu(self.norm2(h, level_N, set_index=set_index))
+        h = self.norm2(h, level_N, set_index=set_index, relu=True)
         return pool(h, self.pools[1])
 
     def macs(self, height: int, width: int, entry_stride: int = 1) -> tuple[tuple[int, ...], tuple[int, int]]:

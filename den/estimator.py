@@ -56,7 +56,7 @@ class Stem(nn.Module):
     def forward(self, x: Tensor, stride: int, set_index: int = 0) -> Tensor:
         """x [N, C, H, W] -> [N, out_channels, ceil(H / stride), ceil(W / stride)]."""
         x = F.conv2d(x, self.conv.weight, None, stride, 1)
-        return x if self.norm is None else F.relu(self.norm(x, set_index=set_index))
+        return x if self.norm is None else self.norm(x, set_index=set_index, relu=True)
 
 
 class Tail(nn.Module, ABC):
@@ -81,7 +81,7 @@ class PoolTail(Tail):
 
     def forward(self, x: Tensor, set_index: int = 0) -> Tensor:
         if self.norm is not None:
-            x = F.relu(self.norm(x, set_index=set_index))
+            x = self.norm(x, set_index=set_index, relu=True)
         return x.mean((2, 3))
 
 

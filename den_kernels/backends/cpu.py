@@ -1,9 +1,9 @@
 """The `cpu` backend: the C++ kernels of csrc/, for float32 and bfloat16 on a CPU.
 
-Forward of the elastic convolution, and fused residual blocks for inference; bfloat16 is summed in float32. Each sample
-runs its own width: nothing is gathered or sorted, and no primitive is built for a shape. The extension links no torch:
-tensors go in as addresses, so everything about them is checked before the call (shapes and dtypes in `functional.py`,
-values in `bindings.cpp`).
+The elastic convolution and batch norm, forward and backward, and fused residual blocks for inference; bfloat16 is
+summed in float32. Each sample runs its own width: nothing is gathered or sorted, and no primitive is built for a shape.
+The extension links no torch: tensors go in as addresses, so everything about them is checked before the call (shapes
+and dtypes in `functional.py`, values in `bindings.cpp`).
 
 Symbols: N samples, C channels, H W space, L levels.
 """
@@ -19,6 +19,8 @@ from typing import Any
 import torch  # before the extension: torch brings the OpenMP library that both must share
 from torch import Tensor
 
+from den_kernels.backends import batch_norm as plain
+from den_kernels.backends import grouped
 from den_kernels.block import BlockArguments, flatten
 
 NAME = "cpu"
@@ -100,24 +102,26 @@ def conv2d(
     padding: Pair,
     dilation: Pair,
     groups: int,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """The elastic convolution, x [N, C, H, W] -> [N, C_out, H_out, W_out] of its dtype; channels_last if x is.
 
-    float32 or bfloat16, all tensors alike. Raises ValueError for a width out of range or, with groups, not of whole
-    groups.
+    float32 or bfloat16, all tensors alike. residual: like the result, added to it; a sample of input width 0 is its
+    residual, bit for bit. Raises ValueError for a width out of range or, with groups, not of whole groups.
     """
     extension = _extension()
     if x.dtype == torch.bfloat16 and groups > 1 and weight.shape[1] % 2:
         # bfloat16 channels are multiplied in pairs, and here a pair would lie in two groups.
         y = conv2d(
             x.float(), weight.float(), None if bias is None else bias.float(),
-            in_width, out_width, stride, padding, dilation, groups,
+            in_width, out_width, stride, padding, dilation, groups, None if residual is None else residual.float(),
         )  # fmt: skip
         return y.to(x.dtype)
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     x_NHWC = x if channels_last else x.contiguous(memory_format=torch.channels_last)
     weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
+    residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
     in_width, out_width = _int32(in_width), _int32(out_width)
     N, C, H, W = x.shape
     C_out, _, *kernel = weight.shape
@@ -131,6 +135,7 @@ def conv2d(
         x_NHWC.data_ptr(),
         weight.data_ptr(),
         _address(bias),
+        _address(residual),
         out.data_ptr(),
         _address(in_width),
         _address(out_width),
@@ -139,6 +144,20 @@ def conv2d(
         torch.get_num_threads(),
     )
     return out if channels_last else out.contiguous()
+
+
+def conv2d_add(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    in_width: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> Tensor:
+    """residual + `conv2d`, in one pass."""
+    return conv2d(x, weight, None, in_width, None, stride, padding, dilation, groups, residual)
 
 
 def conv2d_backward(
@@ -153,10 +172,107 @@ def conv2d_backward(
     groups: int,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `conv2d`: those of the `grouped` backend."""
-    from . import grouped
+    """Gradients of x, weight and bias, where `output_mask` asks for them; what no sample ran is exactly 0.
 
-    return grouped.conv2d_backward(grad, x, weight, in_width, out_width, stride, padding, dilation, groups, output_mask)
+    The same bits whatever the number of threads. In bfloat16 they are those of the `grouped` backend. Raises ValueError
+    as `conv2d` does.
+    """
+    if x.dtype != torch.float32:
+        return grouped.conv2d_backward(
+            grad, x, weight, in_width, out_width, stride, padding, dilation, groups, output_mask
+        )
+    extension = _extension()
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
+    weight = weight.contiguous()
+    in_width, out_width = _int32(in_width), _int32(out_width)
+    N, C, H, W = x.shape
+    C_out, _, *kernel = weight.shape
+    dx = torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last) if output_mask[0] else None
+    dweight = torch.empty(weight.shape, dtype=x.dtype) if output_mask[1] else None
+    dbias = torch.empty((C_out,), dtype=x.dtype) if output_mask[2] else None
+    extension.conv2d_backward(
+        grad.data_ptr(),
+        x.data_ptr(),
+        weight.data_ptr(),
+        _address(dx),
+        _address(dweight),
+        _address(dbias),
+        _address(in_width),
+        _address(out_width),
+        (N, C, H, W, C_out, groups),
+        (*kernel, *stride, *padding, *dilation),
+        torch.get_num_threads(),
+    )
+    return dx if dx is None or channels_last else dx.contiguous(), dweight, dbias
+
+
+def batch_norm(
+    x: Tensor,
+    row: Tensor | None,
+    width: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rows: int,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y like x, and mean, biased variance and count of samples [R, C] of this batch; see `ops.py`.
+
+    Raises ValueError for a row or width out of range.
+    """
+    if not _native_norm(x, weight):
+        return plain.batch_norm(x, row, width, weight, bias, rows, eps, relu)
+    x_NHWC = x.contiguous(memory_format=torch.channels_last)
+    y = torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last)
+    mean, var, count = (torch.empty((rows, x.shape[1]), dtype=x.dtype) for _ in range(3))
+    norm = _Norm(x_NHWC, row, width, weight, bias, mean, var, count, eps, relu)
+    _extension().batch_norm(*norm.arguments, y.data_ptr())
+    return y, mean, var, count
+
+
+def batch_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    row: Tensor | None,
+    width: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx like x, dweight and dbias [R, C], of what `batch_norm` computed."""
+    if not _native_norm(x, weight):
+        return plain.batch_norm_backward(grad, x, row, width, weight, bias, mean, var, count, eps, relu)
+    grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
+    dx = torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last)
+    dweight, dbias = torch.empty(mean.shape, dtype=x.dtype), torch.empty(mean.shape, dtype=x.dtype)
+    norm = _Norm(x, row, width, weight, bias, mean, var, count, eps, relu)
+    _extension().batch_norm_backward(
+        *norm.arguments, grad.data_ptr(), dx.data_ptr(), dweight.data_ptr(), dbias.data_ptr()
+    )
+    return dx, dweight, dbias
+
+
+def _native_norm(x: Tensor, weight: Tensor | None) -> bool:
+    """Whether the extension's batch norm takes these dtypes."""
+    return x.dtype == torch.float32 and (weight is None or weight.dtype == torch.float32)
+
+
+class _Norm:
+    """The arguments that the extension's batch norm takes, and the tensors that must live while it runs."""
+
+    def __init__(self, x, row, width, weight, bias, mean, var, count, eps: float, relu: bool):
+        N, C, H, W = x.shape
+        self.tensors = (
+            *(x, _int32(row), _int32(width)),
+            *(None if t is None else t.contiguous() for t in (weight, bias, mean, var, count)),
+        )
+        sizes = (N, C, H * W, mean.shape[0])
+        self.arguments = ([_address(t) for t in self.tensors], sizes, eps, relu, torch.get_num_threads())
 
 
 # Fewer tiles than these leave the transformed weights, read once a call, as the larger traffic: F(2x2)'s are less than
