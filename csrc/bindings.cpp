@@ -6,12 +6,14 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "batch_norm.h"
 #include "conv2d.h"
 #include "conv2d_backward.h"
 #include "dispatch.h"
 #include "pack.h"
+#include "plan.h"
 #include "residual_block.h"
 #include "winograd.h"
 
@@ -126,6 +128,17 @@ std::size_t packed_elements(const std::string& dtype, int out_channels, int grou
     return elements;
 }
 
+// sizes: samples, blocks, levels.
+void plan(std::uintptr_t level, const Ints& sizes, std::uintptr_t level_BN, std::uintptr_t order, std::uintptr_t count) {
+    if (sizes.size() != 3) fail("sizes must hold 3 integers");
+    const auto* values = at<const std::int64_t>(level);
+    const std::int64_t wrong =
+        den::plan_levels(values, sizes[0], sizes[1], sizes[2], at<int>(level_BN), at<int>(order), at<int>(count));
+    if (wrong >= 0)
+        fail("level[" + std::to_string(wrong / sizes[1]) + ", " + std::to_string(wrong % sizes[1]) + "] is " +
+             std::to_string(values[wrong]) + "; it must be between 0 and " + std::to_string(sizes[2] - 1));
+}
+
 // The `winograd` that weights of this many values were packed with (the sizes differ); throws if with none.
 int packed_as(const std::string& dtype, std::int64_t values, int i, int in_channels, const den::BlockConv& conv) {
     const int group_in = in_channels / conv.groups, taps = conv.kernel * conv.kernel;
@@ -143,33 +156,35 @@ public:
     // As den_kernels/block.py flattens a chain.
     Chain(const std::string& dtype, const std::vector<std::uintptr_t>& addresses, const std::vector<std::int64_t>& spec)
         : dtype_(dtype) {
-        std::size_t a = 0, s = 0;
+        const int* widths = at<const int>(addresses.at(0));
+        const float* tables = at<const float>(addresses.at(1));
+        std::size_t weight = 2, s = 0;
+        const auto take = [&](std::size_t floats) { return std::exchange(tables, tables + floats); };
         while (s < spec.size()) {
-            const int convs = int(spec[s]), hidden = int(spec[s + 1]), out_channels = int(spec[s + 2]);
-            const bool pre = spec[s + 4], projection = spec[s + 6];
+            const int convs = int(spec[s]), in_channels = int(spec[s + 1]), hidden = int(spec[s + 2]);
+            const int out_channels = int(spec[s + 3]), levels = int(spec[s + 4]);
+            const bool pre = spec[s + 5], relu = spec[s + 6], projection = spec[s + 7];
+            const std::int64_t* of = spec.data() + s + 8;
             den::ResidualBlock block{};
-            block.levels = int(spec[s + 3]);
-            block.relu = spec[s + 5];
-            block.widths = at<const int>(addresses.at(a));
-            const std::int64_t* of = spec.data() + s + 7;
+            block.levels = levels;
+            block.relu = relu;
+            block.widths = widths;
             for (int i = 0; i < convs; ++i) {
-                const auto table = [&](int kind) { return at<const float>(addresses.at(a + 1 + kind * convs + i)); };
-                block.convs.push_back({table(0), table(1), table(2), i + 1 < convs ? hidden : out_channels, int(of[i]),
-                                       int(of[convs + i]), int(of[2 * convs + i]), 0});
+                block.convs.push_back({at<const float>(addresses.at(weight++)), nullptr, nullptr,
+                                       i + 1 < convs ? hidden : out_channels, int(of[i]), int(of[convs + i]),
+                                       int(of[2 * convs + i]), 0});
                 values_.push_back(of[3 * convs + i]);
             }
-            a += 1 + 3 * convs;
-            if (pre) {
-                block.pre_scale = at<const float>(addresses.at(a));
-                block.pre_shift = at<const float>(addresses.at(a + 1));
-                a += 2;
-            }
+            for (den::BlockConv& conv : block.convs) conv.scale = take(std::size_t(levels) * conv.out_channels);
+            for (den::BlockConv& conv : block.convs) conv.shift = take(std::size_t(levels) * conv.out_channels);
+            if (pre) block.pre_scale = take(in_channels), block.pre_shift = take(in_channels);
             if (projection) {
-                const auto table = [&](int kind) { return at<const float>(addresses.at(a + kind)); };
-                block.projection = {table(0), table(1), table(2), out_channels, 1, 1, 1, 0};
-                a += 3;
+                block.projection = {at<const float>(addresses.at(weight++)), nullptr, nullptr, out_channels, 1, 1, 1, 0};
+                block.projection.scale = take(std::size_t(levels) * out_channels);
+                block.projection.shift = take(std::size_t(levels) * out_channels);
             }
-            s += 7 + 4 * convs;
+            widths += levels;
+            s += 8 + 4 * convs;
             blocks_.push_back(std::move(block));
         }
     }
@@ -304,6 +319,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("conv2d_backward", &conv2d_backward);
     m.def("batch_norm", &batch_norm);
     m.def("batch_norm_backward", &batch_norm_backward);
+    m.def("plan", &plan);
     m.def("pack_weight", &pack_weight);
     m.def("winograd_pack", &winograd_pack);
     m.def("winograd_packed_floats", &den::winograd_packed_floats, py::arg("tile"), py::arg("out_channels"),

@@ -35,42 +35,54 @@ class BlockArguments(NamedTuple):
 
 
 def flatten(blocks: Sequence[BlockArguments]) -> tuple[list[Tensor], list[int]]:
-    """The tensors of all blocks, and integers that say how to put the blocks together again.
+    """The blocks as a few tensors, and integers that say how to put them together again.
 
-    The integers of each block: convolutions k, hidden and output channels, levels, whether there is a norm in front and
-    a ReLU behind, whether there is a projection, then k each of kernel sizes, strides, groups and the numbers of packed
-    weights. Its tensors: widths, k weights, k scales, k shifts, the norm in front, the projection and its norm.
+    The integers of each block: convolutions k, input, hidden and output channels, levels, whether there is a norm in
+    front, a ReLU behind and a projection, then k each of kernel sizes, strides, groups and the numbers of packed
+    weights. The tensors: all widths; all tables, of each block k scales and k shifts, the norm in front, the scale and
+    shift of the projection; then each block's weights, that of the projection last.
     """
-    tensors: list[Tensor] = []
+    tables: list[Tensor] = []
+    weights: list[Tensor] = []
     spec: list[int] = []
     for block in blocks:
-        tensors += (block.widths, *block.weight, *block.scale, *block.shift)
+        tables += (*block.scale, *block.shift)
         pre = block.pre_scale is not None and block.pre_shift is not None
         if block.pre_scale is not None and block.pre_shift is not None:
-            tensors += (block.pre_scale, block.pre_shift)
-        tensors += block.projection
+            tables += (block.pre_scale, block.pre_shift)
+        tables += block.projection[1:]
+        weights += (*block.weight, *block.projection[:1])
         levels, hidden = block.scale[0].shape
-        spec += (len(block.weight), hidden, block.scale[-1].shape[1], levels, pre, block.relu)
-        spec.append(len(block.projection) > 0)
+        inside = 0 if block.pre_scale is None else block.pre_scale.numel()
+        spec += (len(block.weight), inside, hidden, block.scale[-1].shape[1], levels)
+        spec += (pre, block.relu, len(block.projection) > 0)
         spec += (*block.kernel_size, *block.stride, *block.groups, *(w.numel() for w in block.weight))
-    return tensors, spec
+    widths = torch.cat([block.widths for block in blocks])
+    return [widths, torch.cat([table.flatten() for table in tables]), *weights], spec
 
 
 def unflatten(tensors: Sequence[Tensor], spec: Sequence[int]) -> list[BlockArguments]:
-    """The blocks that `flatten` took apart."""
+    """The blocks that `flatten` took apart: views of its tensors."""
+    all_widths, all_tables, *weights = tensors
     blocks: list[BlockArguments] = []
-    t = s = 0
+    s = w = width = table = 0
+
+    def take(*shape: int) -> Tensor:
+        nonlocal table
+        start, table = table, table + math.prod(shape)
+        return all_tables[start:table].view(shape)
+
     while s < len(spec):
-        k, _, _, _, pre, relu, projected = spec[s : s + 7]
-        weight, scale, shift = (tensors[t + 1 + i * k : t + 1 + (i + 1) * k] for i in range(3))
-        kernel_size, stride, groups = (spec[s + 7 + i * k : s + 7 + (i + 1) * k] for i in range(3))
-        widths, t = tensors[t], t + 1 + 3 * k
-        pre_scale, pre_shift = (tensors[t], tensors[t + 1]) if pre else (None, None)
-        t += 2 * pre
-        projection = tensors[t : t + 3 * projected]
-        t, s = t + 3 * projected, s + 7 + 4 * k
+        k, inside, hidden, outside, levels, pre, relu, projected = spec[s : s + 8]
+        outputs = [hidden] * (k - 1) + [outside]
+        scale, shift = ([take(levels, channels) for channels in outputs] for _ in range(2))
+        norm = [take(inside) if pre else None for _ in range(2)]
+        projection = [weights[w + k], take(levels, outside), take(levels, outside)] if projected else []
+        kernel_size, stride, groups = (spec[s + 8 + i * k : s + 8 + (i + 1) * k] for i in range(3))
         form = (kernel_size, stride, groups, projection, bool(relu))
-        blocks.append(BlockArguments(widths, weight, scale, shift, pre_scale, pre_shift, *form))
+        widths = all_widths[width : width + levels]
+        blocks.append(BlockArguments(widths, weights[w : w + k], scale, shift, norm[0], norm[1], *form))
+        s, w, width = s + 8 + 4 * k, w + k + projected, width + levels
     return blocks
 
 
@@ -86,8 +98,8 @@ def chain_output(x: Tensor, spec: Sequence[int]) -> Tensor:
     s = 0
     while s < len(spec):
         k = spec[s]
-        shape = output_shape(shape, spec[s + 2], spec[s + 7 + k : s + 7 + 2 * k])
-        s += 7 + 4 * k
+        shape = output_shape(shape, spec[s + 3], spec[s + 8 + k : s + 8 + 2 * k])
+        s += 8 + 4 * k
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 

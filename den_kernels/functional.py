@@ -109,12 +109,14 @@ def plan_levels(level: Tensor, num_levels: int) -> LevelPlan:
         num_levels: L.
 
     Returns: a `LevelPlan` of int32 tensors on the device of `level`, made without waiting for it.
+
+    Raises:
+        TypeError, ValueError: level of another dtype or shape, or (with the C++ kernels) a value out of range.
     """
     _check_tensor("level", level, floating=False)
     if level.dim() != 2:
         raise ValueError(f"level has shape {tuple(level.shape)}; it must be [samples, blocks]")
-    order_BN, count_BL = torch.ops.den_kernels.plan(level, num_levels)
-    return LevelPlan(level.t().to(torch.int32, memory_format=torch.contiguous_format), order_BN, count_BL)
+    return LevelPlan(*torch.ops.den_kernels.plan(level, num_levels))
 
 
 def _check_tensor(name: str, value: Any, floating: bool = True) -> None:

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from den_kernels.backends import batch_norm as plain_batch_norm
-from den_kernels.backends import resolve
+from den_kernels.backends import load, resolve
 from den_kernels.block import BlockArguments, chain_output, output_shape, unflatten
-from den_kernels.plan import order_and_count
+from den_kernels.plan import plan_levels
 
 _LIBRARY = torch.library.Library("den_kernels", "DEF")
 
@@ -46,7 +46,7 @@ _LIBRARY.define(
     f"batch_norm_backward(Tensor grad, Tensor x, {_NORM}, Tensor mean, Tensor var, Tensor count, float eps, bool relu, "
     "str backend) -> (Tensor, Tensor, Tensor)"
 )
-_LIBRARY.define("plan(Tensor level, int num_levels) -> (Tensor, Tensor)")
+_LIBRARY.define("plan(Tensor level, int num_levels) -> (Tensor, Tensor, Tensor)")
 
 _BLOCK = (
     "Tensor level, Tensor order, Tensor count, Tensor widths, Tensor[] weight, Tensor[] scale, Tensor[] shift, "
@@ -213,12 +213,16 @@ def _norm_autograd(ctx, grad, *_):
 
 
 def _plan(level, num_levels):
-    return order_and_count(level, num_levels)
+    cpu = load("cpu")
+    if level.device.type == "cpu" and cpu.unavailable() is None:
+        return cpu.plan_levels(level, num_levels)
+    return plan_levels(level, num_levels)
 
 
 def _plan_fake(level, num_levels):
     n, b = level.shape
-    return level.new_empty((b, n), dtype=torch.int32), level.new_empty((b, num_levels), dtype=torch.int32)
+    level_BN, order_BN = (level.new_empty((b, n), dtype=torch.int32) for _ in range(2))
+    return level_BN, order_BN, level.new_empty((b, num_levels), dtype=torch.int32)
 
 
 # The fused residual block

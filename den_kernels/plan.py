@@ -27,10 +27,10 @@ class LevelPlan(NamedTuple):
         return self.level_BN[b], self.order_BN[b], self.count_BL[b]
 
 
-def order_and_count(level_NB: Tensor, num_levels: int) -> tuple[Tensor, Tensor]:
-    """Order [B, N] and count [B, L] of levels [N, B]: see `LevelPlan`. Output shapes do not depend on the levels."""
-    level_BN = level_NB.t().contiguous()
+def plan_levels(level_NB: Tensor, num_levels: int) -> LevelPlan:
+    """The plan of levels [N, B] in plain PyTorch, on their device. Its shapes do not depend on the levels."""
+    level_BN = level_NB.t().to(torch.int32, memory_format=torch.contiguous_format)
     order_BN = torch.argsort(level_BN, dim=1, descending=True, stable=True).to(torch.int32)
     steps_L = torch.arange(num_levels, device=level_NB.device)
     count_BL = (level_BN.unsqueeze(2) >= steps_L).sum(1, dtype=torch.int32)
-    return order_BN, count_BL
+    return LevelPlan(level_BN, order_BN, count_BL)

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import den_kernels as dk
 from den_kernels.block import BlockArguments, flatten
+from den_kernels.plan import plan_levels
 
 OPS = torch.ops.den_kernels
 CPU_BACKENDS = [name for name in dk.available_backends() if name != "triton"]
@@ -26,7 +27,7 @@ def conv_args(backend: str, requires_grad: bool = True) -> tuple:
 def block_args(backend: str) -> tuple:
     g = torch.Generator().manual_seed(0)
     level = torch.tensor([3, 0, 1, 2], dtype=torch.int32)
-    order, count = OPS.plan(level.view(-1, 1), 4)
+    _, order, count = OPS.plan(level.view(-1, 1), 4)
     x = torch.randn(4, 16, 8, 8, generator=g).contiguous(memory_format=torch.channels_last)
     weights = [torch.randn(16, 16, 3, 3, generator=g) / 12 for _ in range(2)]
     tables = [torch.rand(1, 4, 16, generator=g) for _ in range(4)]
@@ -73,6 +74,22 @@ def test_plan_orders_by_descending_level() -> None:
     assert plan.order_BN.tolist() == [[1, 3, 4, 0, 2], [1, 2, 3, 0, 4]]
     assert plan.count_BL.tolist() == [[5, 4, 3, 2], [5, 3, 2, 0]]
     assert {t.dtype for t in plan} == {torch.int32}
+
+
+def test_plan_is_the_same_in_plain_pytorch() -> None:
+    for n, blocks, levels in ((1, 1, 1), (9, 4, 3), (64, 15, 4)):
+        level = torch.randint(levels, (n, blocks))
+        for ours, plain in zip(dk.plan_levels(level, levels), plan_levels(level, levels), strict=True):
+            assert torch.equal(ours, plain)
+
+
+@pytest.mark.skipif("cpu" not in CPU_BACKENDS, reason="the C++ kernels check the values")
+@pytest.mark.parametrize("value", [-1, 4])
+def test_plan_names_a_level_out_of_range(value) -> None:
+    level = torch.zeros(3, 2, dtype=torch.int64)
+    level[1, 1] = value
+    with pytest.raises(ValueError, match=rf"level\[1, 1\] is {value}; it must be between 0 and 3"):
+        dk.plan_levels(level, 4)
 
 
 class Net(nn.Module):

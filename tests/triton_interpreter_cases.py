@@ -12,7 +12,7 @@ import torch
 from den_kernels import reference
 from den_kernels.backends import triton as backend
 from den_kernels.backends.triton import configs
-from den_kernels.plan import order_and_count
+from den_kernels.plan import plan_levels
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
@@ -161,7 +161,7 @@ class _Block:
         )
 
     def run(self, x, level, out=None):
-        order, count = order_and_count(level[:, None], len(self.widths))
+        _, order, count = plan_levels(level[:, None], len(self.widths))
         step = torch.Size(self.strides).numel()
         if out is None:
             shape = (x.shape[0], self.out, -(-x.shape[2] // step), -(-x.shape[3] // step))

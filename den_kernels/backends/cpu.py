@@ -327,6 +327,18 @@ def pack_weight(weight: Tensor, groups: int, winograd: int = 0) -> Tensor:
     return packed
 
 
+def plan_levels(level_NB: Tensor, num_levels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The fields of a `LevelPlan`. Raises ValueError for a level out of range."""
+    level_NB = level_NB.to(torch.int64).contiguous()
+    N, B = level_NB.shape
+    level_BN, order_BN = (torch.empty((B, N), dtype=torch.int32) for _ in range(2))
+    count_BL = torch.empty((B, num_levels), dtype=torch.int32)
+    _extension().plan(
+        level_NB.data_ptr(), (N, B, num_levels), level_BN.data_ptr(), order_BN.data_ptr(), count_BL.data_ptr()
+    )
+    return level_BN, order_BN, count_BL
+
+
 def residual_block(x: Tensor, out: Tensor, level: Tensor, order: Tensor, count: Tensor, *block) -> None:
     """One residual block for inference, written to `out`, which may be `x` itself when the shapes agree.
 
