@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from den.blocks.base import Block
 from den.blocks.forms import fold, plain_block, plain_conv, tables
-from den.estimator import Stem, Tail, stem_stride
+from den.estimator import Stem, Tail, stem_pool, stem_stride
 from den.freeze import freeze_tail
 from den.model import DEN, check_level, check_task
 
@@ -86,12 +86,13 @@ class PlainStem(nn.Module):
 
     def __init__(self, stem: Stem, set_index: int):
         super().__init__()
-        self.relu = stem.norm is not None
+        self.pool, self.relu = stem.pool, stem.norm is not None
         if stem.norm is None:
-            self.conv = plain_conv(stem.conv.weight, None)
+            self.conv = plain_conv(stem.conv.weight, None, stem.stride)
         else:
-            self.conv = plain_conv(*fold(stem.conv.weight, *(table[set_index, 0] for table in tables(stem.norm))))
+            row = [table[set_index, 0] for table in tables(stem.norm)]
+            self.conv = plain_conv(*fold(stem.conv.weight, *row), stem.stride)
 
     def forward(self, x: Tensor, stride: int) -> Tensor:
-        x = F.conv2d(x, self.conv.weight, self.conv.bias, stride, 1)
-        return F.relu(x, inplace=True) if self.relu else x
+        x = F.conv2d(x, self.conv.weight, self.conv.bias, stride * self.conv.stride[0], self.conv.padding)
+        return stem_pool(F.relu(x, inplace=True) if self.relu else x, self.pool)

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 import den_kernels as dk
 from den.blocks.base import Block
-from den.blocks.forms import fold, freeze_block, register_conv, tables
-from den.estimator import HiddenTail, PoolTail, Stem, Tail, stem_stride
+from den.blocks.forms import fold, freeze_block, register_conv, register_folded, tables
+from den.estimator import HiddenTail, PoolTail, Stem, Tail, stem_pool, stem_stride
 from den.model import DEN, DENOutput, LevelLike, check_images, check_level, check_task
 from den.selector import Selector, SelectorBlock, mask_levels, shrink
 
@@ -137,19 +137,17 @@ class FrozenStem(nn.Module):
 
     def __init__(self, stem: Stem, dtype: torch.dtype):
         super().__init__()
-        self.relu = stem.norm is not None
+        self.stride, self.pool, self.relu = stem.stride, stem.pool, stem.norm is not None
         if stem.norm is None:
-            folded: list[tuple[Tensor, Tensor | None]] = [(stem.conv.weight.detach(), None)]
+            self.convs = [register_conv(self, "", stem.conv.weight.detach(), None, dtype)]
         else:
-            scale, shift = tables(stem.norm)
-            folded = [fold(stem.conv.weight, *row) for row in zip(scale[:, 0], shift[:, 0], strict=True)]
-        self.convs = [register_conv(self, f"{t}", *pair, dtype) for t, pair in enumerate(folded)]
+            self.convs = register_folded(self, "", stem.conv.weight, stem.norm, dtype)
 
     def forward(self, x: Tensor, stride: int, set_index: int) -> Tensor:
-        """x [N, C, H, W] -> a new [N, out_channels, ceil(H / stride), ceil(W / stride)]."""
+        """x [N, C, H, W] -> a new [N, out_channels, H', W']; see `Stem`."""
         weight, bias = self.convs[set_index if self.relu else 0]
-        x = F.conv2d(x, weight, bias, stride, 1)
-        return x.relu_() if self.relu else x
+        x = F.conv2d(x, weight, bias, stride * self.stride, weight.shape[2] // 2)
+        return stem_pool(x.relu_() if self.relu else x, self.pool)
 
 
 @functools.singledispatch

@@ -6,6 +6,7 @@ A block's input and output channels never change; its first layer *expands* into
 """
 
 from den.blocks.base import BN_KINDS, Block, conv_out, shortcut
+from den.blocks.bottleneck import BottleneckBlock, PlainBottleneckBlock
 from den.blocks.conv_pair import ConvPairBlock
 from den.blocks.forms import freeze_block, plain_block
 from den.blocks.residual import PlainResidualBlock, ResidualBlock
@@ -13,7 +14,9 @@ from den.blocks.residual import PlainResidualBlock, ResidualBlock
 __all__ = [
     "BN_KINDS",
     "Block",
+    "BottleneckBlock",
     "ConvPairBlock",
+    "PlainBottleneckBlock",
     "PlainResidualBlock",
     "ResidualBlock",
     "conv_out",

@@ -13,7 +13,16 @@ from torch.nn import functional as F
 
 import den_kernels as dk
 from den.blocks.base import Block, conv_out
-from den.blocks.forms import fold, freeze_block, plain_block, plain_conv, register_conv, tables
+from den.blocks.forms import (
+    FrozenNorm,
+    fold,
+    freeze_block,
+    plain_block,
+    plain_conv,
+    register_conv,
+    register_folded,
+    tables,
+)
 from den.hierarchy import Hierarchy
 
 
@@ -100,20 +109,14 @@ class FrozenConvPair(nn.Module):
     """A `ConvPairBlock` with its first norm folded into the weights and its second a scale and shift by level."""
 
     level_width: Tensor
-    scale: Tensor
-    shift: Tensor
     weight: Tensor
 
     def __init__(self, block: ConvPairBlock, dtype: torch.dtype, backend: str):
         super().__init__()
         self.pools, self.backend = block.pools, backend
-        scale, shift = tables(block.norm1)
-        folded = [fold(block.conv1.weight, *row) for row in zip(scale[:, 0], shift[:, 0], strict=True)]
-        self.convs = [register_conv(self, f"{t}", *pair, dtype) for t, pair in enumerate(folded)]
+        self.convs = register_folded(self, "", block.conv1.weight, block.norm1, dtype)
         register_conv(self, "", block.conv2.weight.detach(), None, dtype)
-        scale, shift = tables(block.norm2, block.hierarchy.num_levels)
-        self.register_buffer("scale", scale.to(dtype)[..., None, None].contiguous())
-        self.register_buffer("shift", shift.to(dtype)[..., None, None].contiguous())
+        self.norm = FrozenNorm(block.norm2, block.hierarchy.num_levels, dtype)
         self.register_buffer("level_width", block.level_width.clone())
 
     def forward(
@@ -131,8 +134,7 @@ class FrozenConvPair(nn.Module):
         conv = functools.partial(dk.den_conv2d, padding=1, backend=self.backend)
         h = conv(x, *self.convs[set_index], None, width_N, stride=entry_stride).relu_()
         h = conv(pool(h, self.pools[0]), self.weight, None, width_N)
-        scale_NC, shift_NC = (table[set_index].index_select(0, level_N) for table in (self.scale, self.shift))
-        return pool(torch.addcmul(shift_NC, h, scale_NC).relu_(), self.pools[1])
+        return pool(self.norm(h, level_N, set_index).relu_(), self.pools[1])
 
 
 @freeze_block.register

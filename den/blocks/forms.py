@@ -3,7 +3,7 @@
 Every kind of block registers its own with `freeze_block` and `plain_block`, beside the block; what they are made from
 is here.
 
-Suffixes: N samples, C channels, L levels, T sets of batch-norm statistics.
+Suffixes: N samples, C channels, H W space, L levels, T sets of batch-norm statistics.
 """
 
 from __future__ import annotations
@@ -38,6 +38,32 @@ def register_conv(
     module.register_buffer(f"weight{suffix}", weight)
     module.register_buffer(f"bias{suffix}", bias)
     return weight, bias
+
+
+def register_folded(
+    module: nn.Module, suffix: str, weight: Tensor, norm: dk.DENBatchNorm2d, dtype: torch.dtype
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Keep a convolution and the norm of one level behind it, folded: returns weight and bias of each set."""
+    scale, shift = tables(norm)
+    folded = [fold(weight, *row) for row in zip(scale[:, 0], shift[:, 0], strict=True)]
+    return [register_conv(module, f"{suffix}{t}", *pair, dtype) for t, pair in enumerate(folded)]
+
+
+class FrozenNorm(nn.Module):
+    """A norm as a scale and shift, at the level of each sample."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, norm: dk.DENBatchNorm2d, num_levels: int, dtype: torch.dtype):
+        super().__init__()
+        for name, table in zip(("scale", "shift"), tables(norm, num_levels), strict=True):
+            self.register_buffer(name, table.to(dtype)[..., None, None].contiguous())
+
+    def forward(self, x: Tensor, level_N: Tensor, set_index: int) -> Tensor:
+        """x [N, C, H, W], level_N integer [N] -> a new [N, C, H, W]."""
+        scale_NC, shift_NC = (table[set_index].index_select(0, level_N) for table in (self.scale, self.shift))
+        return torch.addcmul(shift_NC, x, scale_NC)
 
 
 @functools.singledispatch
