@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import den_kernels as dk
 from den.blocks import Block, conv_out
+from den.blocks.base import check_map
 from den.hierarchy import Hierarchy
 
 
@@ -140,15 +141,6 @@ class HiddenTail(Tail):
         for layer in self.layers:
             x = F.relu(layer(x))
         return x
-
-
-def check_map(x: Tensor, shape: tuple[int, int, int]) -> None:
-    """Raise ValueError unless x [N, C, H, W] is the map that the fully connected layers were made for."""
-    if tuple(x.shape[1:]) != shape:
-        raise ValueError(
-            f"x gives a last map of {x.shape[2]}x{x.shape[3]}, but the hidden layers were made for "
-            f"{shape[1]}x{shape[2]}; resize the images, or create the model with their image_size"
-        )
 
 
 class Estimator(nn.Module):

@@ -9,6 +9,7 @@ from den.blocks.base import BN_KINDS, Block, conv_out, shortcut
 from den.blocks.bottleneck import BottleneckBlock, PlainBottleneckBlock
 from den.blocks.conv_pair import ConvPairBlock
 from den.blocks.forms import freeze_block, plain_block
+from den.blocks.linear_pair import LinearPairBlock
 from den.blocks.residual import PlainResidualBlock, ResidualBlock
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Block",
     "BottleneckBlock",
     "ConvPairBlock",
+    "LinearPairBlock",
     "PlainBottleneckBlock",
     "PlainResidualBlock",
     "ResidualBlock",

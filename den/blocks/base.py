@@ -35,6 +35,24 @@ def conv_out(size: int, stride: int) -> int:
     return (size - 1) // stride + 1
 
 
+def check_map(x: Tensor, shape: tuple[int, int, int]) -> None:
+    """Raise ValueError unless x [N, C, H, W] is the map that the fully connected layers were made for."""
+    if tuple(x.shape[1:]) != shape:
+        raise ValueError(
+            f"x gives a last map of {x.shape[2]}x{x.shape[3]}, but the hidden layers were made for "
+            f"{shape[1]}x{shape[2]}; resize the images, or create the model with their image_size"
+        )
+
+
+def check_has_channels(hierarchy: Hierarchy) -> None:
+    """Raise ValueError if the hierarchy has a level of width 0."""
+    if hierarchy.has_identity:
+        raise ValueError(
+            f"ratios is {hierarchy.ratios}; the first must be above 0 here: a level without channels exists only in "
+            "residual blocks, for a plain pair of layers has no shortcut to fall back on"
+        )
+
+
 class Block(nn.Module, ABC):
     """What the estimator, the cost tables and `freeze` ask of a block.
 

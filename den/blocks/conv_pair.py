@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import den_kernels as dk
-from den.blocks.base import Block, conv_out
+from den.blocks.base import Block, check_has_channels, conv_out
 from den.blocks.forms import (
     FrozenNorm,
     fold,
@@ -55,11 +55,7 @@ class ConvPairBlock(Block):
         num_sets: int = 1,
         backend: str = "auto",
     ):
-        if hierarchy.has_identity:
-            raise ValueError(
-                f"ratios is {hierarchy.ratios}; the first must be above 0 here: a level without channels exists only "
-                "in residual blocks, for a plain pair of convolutions has no shortcut to fall back on"
-            )
+        check_has_channels(hierarchy)
         widths = hierarchy.widths(hidden_channels)
         super().__init__(in_channels, out_channels, hierarchy, widths)
         self.pools = pools
