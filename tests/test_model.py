@@ -159,6 +159,21 @@ def test_gradients_reach_the_groups_that_ran_and_no_others(make):
     assert all(p.grad is None for p in model.selector.parameters())
 
 
+@pytest.mark.parametrize("make", MAKERS)
+def test_training_lowers_the_loss(make):
+    model = make().train()
+    optimizer = torch.optim.SGD(model.estimator.parameters(), lr=0.02, momentum=0.9)
+    x, label = torch.randn(10, *image_shape(make)), torch.arange(10) % 5
+    level = torch.arange(10 * model.num_blocks).view(10, -1) % model.num_levels
+    losses = []
+    for _ in range(12):
+        losses.append(nn.functional.cross_entropy(model(x, level=level).logits, label))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.7 * losses[0]
+
+
 @pytest.mark.parametrize("make", RESIDUAL)
 def test_gradients_are_those_of_the_sliced_network(make):
     model = make().double()
