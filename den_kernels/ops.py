@@ -201,11 +201,16 @@ def _residual_block_flop(x, level, order, count, widths, weight, scale, shift, *
     kernel_size, stride, groups = rest[2:5]
     known = type(level) is Tensor and type(widths) is Tensor
     width = widths.cpu()[level.cpu().long()].long() if known else torch.full((x.shape[0],), scale[0].shape[1])
-    height, columns = x.shape[2], x.shape[3]
+    channels, height, columns = x.shape[1:]
     total = 0
     for i, outputs in enumerate(s.shape[1] for s in scale):
         height, columns = -(-height // stride[i]), -(-columns // stride[i])
-        read = torch.where(width > 0, x.shape[1], 0) if i == 0 else width
+        read = torch.where(width > 0, channels, 0) if i == 0 else width
         write = width if i + 1 < len(scale) else torch.where(width > 0, outputs, 0)
-        total += int((read * write).sum()) // groups[i] * kernel_size[i] ** 2 * height * columns
+        pairs = read * write
+        if groups[i] > 1:  # whole groups, each of which multiplies its own inputs alone
+            group_in, group_out = channels // groups[i], outputs // groups[i]
+            pairs = torch.minimum(read // group_in, write // group_out) * group_in * group_out
+        total += int(pairs.sum()) * kernel_size[i] ** 2 * height * columns
+        channels = outputs
     return 2 * total

@@ -192,6 +192,19 @@ def test_flops_are_those_that_pytorch_counts(make):
         assert den.flops(model, path, shape[1:]).item() == counter.get_total_flops() - 2 * network.head.weight.numel()
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("make", MAKERS)
+def test_flops_are_those_that_the_operators_ran(make, frozen):
+    """In a mixed batch, as the operators' own formulas tell from the widths that they were given."""
+    model = make()
+    x, level = torch.randn(5, *image_shape(make)), torch.randint(model.num_levels, (5, model.num_blocks))
+    run = den.freeze(model, backend="grouped") if frozen else model
+    with FlopCounterMode(display=False) as counter:
+        run(x, level=level)
+    heads = 2 * 5 * model.estimator.heads["a"].weight.numel()
+    assert den.flops(model, level, x.shape[2:]).sum().item() == counter.get_total_flops() - heads
+
+
 @pytest.mark.parametrize("pool", [1, 2, 3])
 def test_selector_flops_are_those_that_pytorch_counts(pool):
     model = wrn(selector={**TINY_SELECTOR, "pool": pool})
