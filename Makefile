@@ -1,5 +1,6 @@
-# make demo | test | bench | lint | clean: each sets up .venv by itself, once, and again when its inputs change.
-# Another interpreter: make PYTHON=python3.12 test (after make clean). More arguments: make test PYTEST_ARGS="-k plan".
+# make demo | test | bench | lint | sanitize | aarch64 | clean: each sets up .venv by itself, once, and again when its
+# inputs change. Another interpreter: make PYTHON=python3.12 test (after make clean). More arguments:
+# make test PYTEST_ARGS="-k plan".
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -11,7 +12,7 @@ STAMPS := $(VENV)/stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml $(wildcard setup.py CMakeLists.txt MANIFEST.in) $(shell find csrc -type f)
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench lint format sanitize aarch64 clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/demo
@@ -32,6 +33,9 @@ lint: $(STAMPS)/lint
 format: $(STAMPS)/lint
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+sanitize aarch64: $(STAMPS)/test
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash .ci/$@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -7,10 +7,13 @@
 #include <stdexcept>
 #include <string>
 
+#include "batch_norm.h"
 #include "conv2d.h"
+#include "conv2d_backward.h"
 #include "dispatch.h"
 #include "pack.h"
 #include "residual_block.h"
+#include "winograd.h"
 
 namespace py = pybind11;
 
@@ -28,11 +31,11 @@ std::string entry(const char* name, int i) { return std::string(name) + "[" + st
 void check_widths(const char* name, const int* width, int samples, int channels, int groups) {
     const int step = groups > 1 ? channels / groups : 1;
     for (int n = 0; n < samples; ++n) {
-        const std::string is = entry(name, n) + " is " + std::to_string(width[n]);
+        const auto is = [&] { return entry(name, n) + " is " + std::to_string(width[n]); };
         if (width[n] < 0 || width[n] > channels)
-            fail(is + "; it must be between 0 and the " + std::to_string(channels) + " channels of the tensor");
+            fail(is() + "; it must be between 0 and the " + std::to_string(channels) + " channels of the tensor");
         if (width[n] % step != 0)
-            fail(is + "; with groups=" + std::to_string(groups) + " it must be a multiple of " + std::to_string(step) +
+            fail(is() + "; with groups=" + std::to_string(groups) + " it must be a multiple of " + std::to_string(step) +
                  " channels");
     }
 }
@@ -58,81 +61,234 @@ void check_block(const den::ResidualBlock& block, int hidden) {
     }
 }
 
+// Calls run(T{}) for the element type that PyTorch calls `dtype`.
+template <class Run>
+void with_element(const std::string& dtype, Run run) {
+    if (dtype == "float32")
+        run(float{});
+    else if (dtype == "bfloat16")
+        run(den::bf16{});
+    else
+        fail("dtype is " + dtype + "; it must be float32 or bfloat16");
+}
+
 using Ints = std::vector<int>;
 using Addresses = std::vector<std::uintptr_t>;
 
-void conv2d(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t out, std::uintptr_t in_width,
-            std::uintptr_t out_width, const Ints& sizes, const Ints& window, int threads) {
+den::ConvShape conv_shape(const Ints& sizes, const Ints& window) {
     if (sizes.size() != 6 || window.size() != 8) fail("sizes must hold 6 integers and window 8");
-    den::Conv2d args{};
+    return {sizes[1],
+            sizes[4],
+            sizes[5],
+            sizes[2],
+            sizes[3],
+            {window[0], window[1]},
+            {window[2], window[3]},
+            {window[4], window[5]},
+            {window[6], window[7]}};
+}
+
+// The widths at `address`, checked; `full`, filled with `channels`, where there are none.
+const int* widths_or_full(const char* name, std::uintptr_t address, int samples, int channels, int groups, Ints& full) {
+    if (!address) {
+        full.assign(samples, channels);
+        return full.data();
+    }
+    check_widths(name, at<const int>(address), samples, channels, groups);
+    return at<const int>(address);
+}
+
+template <class T>
+void conv2d_of(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t residual, std::uintptr_t out,
+               std::uintptr_t in_width, std::uintptr_t out_width, const Ints& sizes, const Ints& window, int threads) {
+    den::Conv2d<T> args{};
+    args.shape = conv_shape(sizes, window);
     args.samples = sizes[0];
-    args.shape = {sizes[1],
-                  sizes[4],
-                  sizes[5],
-                  sizes[2],
-                  sizes[3],
-                  {window[0], window[1]},
-                  {window[2], window[3]},
-                  {window[4], window[5]},
-                  {window[6], window[7]}};
-    args.x = at<const float>(x);
-    args.weight = at<const float>(weight);
-    args.bias = at<const float>(bias);
-    args.out = at<float>(out);
+    args.x = at<const T>(x);
+    args.weight = at<const T>(weight);
+    args.bias = at<const T>(bias);
+    args.residual = at<const T>(residual);
+    args.out = at<T>(out);
     args.threads = threads;
     const den::ConvShape& s = args.shape;
     Ints full_in, full_out;
-    if (in_width) {
-        args.in_width = at<const int>(in_width);
-        check_widths("in_width", args.in_width, args.samples, s.in_channels, s.groups);
-    } else {
-        full_in.assign(args.samples, s.in_channels);
-        args.in_width = full_in.data();
-    }
-    if (out_width) {
-        args.out_width = at<const int>(out_width);
-        check_widths("out_width", args.out_width, args.samples, s.out_channels, s.groups);
-    } else {
-        full_out.assign(args.samples, s.out_channels);
-        args.out_width = full_out.data();
-    }
+    args.in_width = widths_or_full("in_width", in_width, args.samples, s.in_channels, s.groups, full_in);
+    args.out_width = widths_or_full("out_width", out_width, args.samples, s.out_channels, s.groups, full_out);
     py::gil_scoped_release release;
     den::conv2d(args);
 }
 
-void residual_block(std::uintptr_t x, std::uintptr_t out, std::uintptr_t level, std::uintptr_t order,
-                    std::uintptr_t widths, const Addresses& weight, const Addresses& scale, const Addresses& shift,
-                    std::uintptr_t pre_scale, std::uintptr_t pre_shift, const Ints& sizes, const Ints& kernel,
-                    const Ints& stride, const Ints& groups, bool relu, int threads) {
-    if (sizes.size() != 7) fail("sizes must hold 7 integers");
-    den::ResidualBlock block{};
-    block.x = at<const float>(x);
-    block.out = at<float>(out);
-    block.samples = sizes[0], block.channels = sizes[1], block.height = sizes[2], block.width = sizes[3];
-    const int hidden = sizes[4], out_channels = sizes[5];
-    block.levels = sizes[6];
-    block.level = at<const int>(level);
-    block.order = at<const int>(order);
-    block.widths = at<const int>(widths);
-    const std::size_t k = weight.size();
-    if (scale.size() != k || shift.size() != k || kernel.size() != k || stride.size() != k || groups.size() != k)
-        fail("weight, scale, shift, kernel_size, stride and groups must have one entry a convolution");
-    for (std::size_t i = 0; i < k; ++i)
-        block.convs.push_back({at<const float>(weight[i]), at<const float>(scale[i]), at<const float>(shift[i]),
-                               i + 1 < k ? hidden : out_channels, kernel[i], stride[i], groups[i]});
-    block.pre_scale = at<const float>(pre_scale);
-    block.pre_shift = at<const float>(pre_shift);
-    block.relu = relu;
-    block.threads = threads;
-    check_block(block, hidden);
-    py::gil_scoped_release release;
-    den::residual_block(block);
+std::size_t packed_elements(const std::string& dtype, int out_channels, int group_in, int taps, int groups) {
+    std::size_t elements = 0;
+    with_element(dtype, [&](auto element) {
+        elements = den::packed_elements<decltype(element)>(out_channels, group_in, taps, groups);
+    });
+    return elements;
 }
 
-void pack_weight(std::uintptr_t weight, std::uintptr_t packed, int out_channels, int group_in, int taps, int groups,
-                 int threads) {
+// The `winograd` that weights of this many values were packed with (the sizes differ); throws if with none.
+int packed_as(const std::string& dtype, std::int64_t values, int i, int in_channels, const den::BlockConv& conv) {
+    const int group_in = in_channels / conv.groups, taps = conv.kernel * conv.kernel;
+    if (values == std::int64_t(packed_elements(dtype, conv.out_channels, group_in, taps, conv.groups))) return 0;
+    if (conv.kernel == 3 && conv.stride == 1 && conv.groups == 1)
+        for (int tile : {4, 2})
+            if (values == std::int64_t(den::winograd_packed_floats(tile, conv.out_channels, in_channels))) return tile;
+    fail(entry("weight", i) + " must be packed by this backend's pack_weight for " + std::to_string(in_channels) + " -> " +
+         std::to_string(conv.out_channels) + " channels, got " + std::to_string(values) + " values");
+}
+
+// Residual blocks one after the other: block b reads what block b - 1 wrote. Holds addresses, no values.
+class Chain {
+public:
+    // As den_kernels/block.py flattens a chain.
+    Chain(const std::string& dtype, const std::vector<std::uintptr_t>& addresses, const std::vector<std::int64_t>& spec)
+        : dtype_(dtype) {
+        std::size_t a = 0, s = 0;
+        while (s < spec.size()) {
+            const int convs = int(spec[s]), hidden = int(spec[s + 1]), out_channels = int(spec[s + 2]);
+            const bool pre = spec[s + 4], projection = spec[s + 6];
+            den::ResidualBlock block{};
+            block.levels = int(spec[s + 3]);
+            block.relu = spec[s + 5];
+            block.widths = at<const int>(addresses.at(a));
+            const std::int64_t* of = spec.data() + s + 7;
+            for (int i = 0; i < convs; ++i) {
+                const auto table = [&](int kind) { return at<const float>(addresses.at(a + 1 + kind * convs + i)); };
+                block.convs.push_back({table(0), table(1), table(2), i + 1 < convs ? hidden : out_channels, int(of[i]),
+                                       int(of[convs + i]), int(of[2 * convs + i]), 0});
+                values_.push_back(of[3 * convs + i]);
+            }
+            a += 1 + 3 * convs;
+            if (pre) {
+                block.pre_scale = at<const float>(addresses.at(a));
+                block.pre_shift = at<const float>(addresses.at(a + 1));
+                a += 2;
+            }
+            if (projection) {
+                const auto table = [&](int kind) { return at<const float>(addresses.at(a + kind)); };
+                block.projection = {table(0), table(1), table(2), out_channels, 1, 1, 1, 0};
+                a += 3;
+            }
+            s += 7 + 4 * convs;
+            blocks_.push_back(std::move(block));
+        }
+    }
+
+    int blocks() const { return int(blocks_.size()); }
+
+    // sizes: samples, channels, height and width of x.
+    void run(std::uintptr_t x, std::uintptr_t out, std::uintptr_t level, std::uintptr_t order, const Ints& sizes,
+             int threads) const {
+        if (sizes.size() != 4) fail("sizes must hold 4 integers");
+        std::vector<den::ResidualBlock> blocks = blocks_;
+        int channels = sizes[1], height = sizes[2], width = sizes[3];
+        auto values = values_.begin();
+        for (std::size_t b = 0; b < blocks.size(); ++b) {
+            den::ResidualBlock& block = blocks[b];
+            block.samples = sizes[0], block.channels = channels, block.height = height, block.width = width;
+            block.level = at<const int>(level) + b * block.samples;
+            block.order = at<const int>(order) + b * block.samples;
+            block.threads = threads;
+            const int hidden = block.convs.front().out_channels;
+            for (std::size_t i = 0; i < block.convs.size(); ++i) {
+                den::BlockConv& conv = block.convs[i];
+                conv.winograd = packed_as(dtype_, *values++, int(i), i ? hidden : channels, conv);
+                height = den::ceil_div(height, conv.stride), width = den::ceil_div(width, conv.stride);
+            }
+            check_block(block, hidden);
+            channels = block.convs.back().out_channels;
+        }
+        py::gil_scoped_release release;
+        with_element(dtype_, [&](auto element) {
+            using T = decltype(element);
+            den::residual_chain(blocks, at<const T>(x), at<T>(out));
+        });
+    }
+
+private:
+    std::string dtype_;
+    std::vector<den::ResidualBlock> blocks_;
+    std::vector<std::int64_t> values_;  // of each packed weight
+};
+
+void conv2d(const std::string& dtype, std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias,
+            std::uintptr_t residual, std::uintptr_t out, std::uintptr_t in_width, std::uintptr_t out_width,
+            const Ints& sizes, const Ints& window, int threads) {
+    with_element(dtype, [&](auto element) {
+        conv2d_of<decltype(element)>(x, weight, bias, residual, out, in_width, out_width, sizes, window, threads);
+    });
+}
+
+void conv2d_backward(std::uintptr_t grad, std::uintptr_t x, std::uintptr_t weight, std::uintptr_t dx,
+                     std::uintptr_t dweight, std::uintptr_t dbias, std::uintptr_t in_width, std::uintptr_t out_width,
+                     const Ints& sizes, const Ints& window, int threads) {
+    den::Conv2dBackward args{};
+    args.shape = conv_shape(sizes, window);
+    args.samples = sizes[0];
+    args.grad = at<const float>(grad);
+    args.x = at<const float>(x);
+    args.weight = at<const float>(weight);
+    args.dx = at<float>(dx);
+    args.dweight = at<float>(dweight);
+    args.dbias = at<float>(dbias);
+    args.threads = threads;
+    const den::ConvShape& s = args.shape;
+    Ints full_in, full_out;
+    args.in_width = widths_or_full("in_width", in_width, args.samples, s.in_channels, s.groups, full_in);
+    args.out_width = widths_or_full("out_width", out_width, args.samples, s.out_channels, s.groups, full_out);
     py::gil_scoped_release release;
-    den::pack_weight(at<const float>(weight), out_channels, group_in, taps, groups, threads, at<float>(packed));
+    den::conv2d_backward(args);
+}
+
+// Addresses: x, row, width, weight, bias, mean, var, count. Sizes: samples, channels, pixels, rows.
+den::BatchNorm norm_of(const Addresses& a, const Ints& sizes, double eps, bool relu, int threads, Ints& row, Ints& width) {
+    if (a.size() != 8 || sizes.size() != 4) fail("a norm takes 8 addresses and 4 sizes");
+    den::BatchNorm norm{};
+    norm.x = at<const float>(a[0]);
+    norm.samples = sizes[0], norm.channels = sizes[1], norm.pixels = sizes[2], norm.rows = sizes[3];
+    row.assign(norm.samples, 0);
+    norm.row = a[1] ? at<const int>(a[1]) : row.data();
+    for (int n = 0; n < norm.samples; ++n)
+        if (norm.row[n] < 0 || norm.row[n] >= norm.rows)
+            fail(entry("row", n) + " is " + std::to_string(norm.row[n]) + "; it must be between 0 and " +
+                 std::to_string(norm.rows - 1));
+    norm.width = widths_or_full("width", a[2], norm.samples, norm.channels, 1, width);
+    norm.weight = at<const float>(a[3]);
+    norm.bias = at<const float>(a[4]);
+    norm.mean = at<float>(a[5]), norm.var = at<float>(a[6]), norm.count = at<float>(a[7]);
+    norm.eps = eps;
+    norm.relu = relu;
+    norm.threads = threads;
+    return norm;
+}
+
+void batch_norm(const Addresses& addresses, const Ints& sizes, double eps, bool relu, int threads, std::uintptr_t y) {
+    Ints row, width;
+    const den::BatchNorm norm = norm_of(addresses, sizes, eps, relu, threads, row, width);
+    py::gil_scoped_release release;
+    den::batch_norm(norm, at<float>(y));
+}
+
+void batch_norm_backward(const Addresses& addresses, const Ints& sizes, double eps, bool relu, int threads,
+                         std::uintptr_t grad, std::uintptr_t dx, std::uintptr_t dweight, std::uintptr_t dbias) {
+    Ints row, width;
+    const den::BatchNorm norm = norm_of(addresses, sizes, eps, relu, threads, row, width);
+    py::gil_scoped_release release;
+    den::batch_norm_backward(norm, at<const float>(grad), at<float>(dx), at<float>(dweight), at<float>(dbias));
+}
+
+void pack_weight(const std::string& dtype, std::uintptr_t weight, std::uintptr_t packed, int out_channels, int group_in,
+                 int taps, int groups, int threads) {
+    py::gil_scoped_release release;
+    with_element(dtype, [&](auto element) {
+        using T = decltype(element);
+        den::pack_weight(at<const T>(weight), out_channels, group_in, taps, groups, threads, at<T>(packed));
+    });
+}
+
+void winograd_pack(int tile, std::uintptr_t weight, std::uintptr_t packed, int out_channels, int in_channels, int threads) {
+    py::gil_scoped_release release;
+    den::winograd_pack(tile, at<const float>(weight), out_channels, in_channels, threads, at<float>(packed));
 }
 
 }  // namespace
@@ -140,10 +296,20 @@ void pack_weight(std::uintptr_t weight, std::uintptr_t packed, int out_channels,
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU kernels of den_kernels; see den_kernels/backends/cpu.py.";
     m.def("conv2d", &conv2d);
-    m.def("residual_block", &residual_block);
+    py::class_<Chain>(m, "Chain")
+        .def(py::init<const std::string&, const std::vector<std::uintptr_t>&, const std::vector<std::int64_t>&>(),
+             py::arg("dtype"), py::arg("addresses"), py::arg("spec"))
+        .def_property_readonly("blocks", &Chain::blocks)
+        .def("run", &Chain::run);
+    m.def("conv2d_backward", &conv2d_backward);
+    m.def("batch_norm", &batch_norm);
+    m.def("batch_norm_backward", &batch_norm_backward);
     m.def("pack_weight", &pack_weight);
-    m.def("packed_floats", &den::packed_floats, py::arg("out_channels"), py::arg("group_in"), py::arg("taps"),
-          py::arg("groups"));
+    m.def("winograd_pack", &winograd_pack);
+    m.def("winograd_packed_floats", &den::winograd_packed_floats, py::arg("tile"), py::arg("out_channels"),
+          py::arg("in_channels"));
+    m.def("packed_elements", &packed_elements, py::arg("dtype"), py::arg("out_channels"), py::arg("group_in"),
+          py::arg("taps"), py::arg("groups"));
     m.def("supported_isas", &den::supported_isas, "Instruction sets that this machine runs, best first.");
     m.def("set_isa", &den::set_isa, py::arg("name"),
           "Use the kernels of this instruction set; returns the name of those used before.");

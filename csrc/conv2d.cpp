@@ -11,13 +11,16 @@ namespace den {
 
 namespace {
 
+template <class T>
 class Runner {
 public:
-    Runner(const Conv2d& args, const float* packed, const float* ones, const float* bias)
-        : args_(args), kernels_(kernels()), map_(args.shape), packed_(packed), ones_(ones), bias_(bias),
+    Runner(const Conv2d<T>& args, const T* packed, const float* ones, const float* bias)
+        : args_(args), kernels_(kernels<T>()), map_(args.shape), band_(band_shape(args.shape)), packed_(packed), ones_(ones), bias_(bias),
           out_columns_(nhwc_columns(args.shape.out_width(), args.shape.out_channels)) {}
 
-    std::size_t workspace_floats() const { return map_.floats(); }
+    // Memory for the map of a sample that one thread computes, a band of rows after the other, and of a shared one.
+    std::size_t own_floats() const { return band_.floats(); }
+    std::size_t shared_floats() const { return map_.floats(); }
 
     int in_width(int n) const { return args_.in_width[n]; }
     int out_width(int n) const { return args_.out_width[n]; }
@@ -25,7 +28,8 @@ public:
     // is its bias alone.
     int computed(int n) const {
         const ConvShape& s = args_.shape;
-        return s.groups == 1 ? out_width(n) : std::min(out_width(n), in_width(n) / s.group_in() * s.group_out());
+        if (s.groups == 1) return in_width(n) > 0 ? out_width(n) : 0;
+        return std::min(out_width(n), in_width(n) / s.group_in() * s.group_out());
     }
 
     // A cost for every sample that has something to write, even when nothing is to be multiplied.
@@ -37,79 +41,156 @@ public:
 
     Cut cut(int n, int parts) const { return Cut(args_.shape, in_width(n), computed(n), parts); }
 
-    void zero_borders(float* map) const { map_.zero_border(map, args_.shape.in_channels); }
-
-    void load_rows(float* map, int n, int row0, int row1) const {
-        const ConvShape& s = args_.shape;
-        MapLoad load{};
-        load.in_row = std::ptrdiff_t(s.width) * s.in_channels;
-        load.in = args_.x + n * load.in_row * s.height;
-        load.in_pixel = s.in_channels;
-        load.width = s.width;
-        load.channels = in_width(n);
-        load.out = map_.image(map);
-        load.out_row = map_.row_pitch();
-        load.out_block = map_.block_pitch();
-        load.out_col = map_.read_columns();
-        load.row_read = map_.read_rows();
-        kernels_.load(load, row0, row1);
+    // The steps of a shared sample, whose map holds the whole image.
+    void zero_borders(T* map) const { map_.zero_border(map, args_.shape.in_channels); }
+    void load_rows(T* map, int n, int row0, int row1) const { load_rows(map_, map, n, 0, row0, row1); }
+    void conv(const T* map, int n, int unit0, int unit1, int row0, int row1) const {
+        conv(map_, map, n, 0, unit0, unit1, row0, row1);
     }
 
-    void conv(const float* map, int n, int unit0, int unit1, int row0, int row1) const {
+    void zero_own_borders(T* map) const { band_.zero_border(map, args_.shape.in_channels); }
+
+    void whole_sample(T* map, int n) const {
         const ConvShape& s = args_.shape;
-        ConvPass pass = map_.pass(map, packed_, in_width(n), computed(n));
-        pass.mul = ones_;
-        pass.add = bias_;
-        pass.out = image(n);
-        pass.out_row = std::ptrdiff_t(s.out_width()) * s.out_channels;
-        pass.out_block = kBlock;
-        pass.out_col = out_columns_.data();
-        kernels_.conv(pass, unit0, unit1, row0, row1);
+        const int height = s.out_height();
+        if (units(n) == 0) return fill_rest(n, 0, height);
+        const int reach = s.dilation.y * (s.kernel.y - 1) + 1 - s.padding.y;
+        for (int row0 = 0, loaded = 0; row0 < height; row0 += band_rows(s)) {
+            const int row1 = std::min(row0 + band_rows(s), height);
+            const int origin = reads_rows_once(s) ? row0 : 0;
+            if (origin) loaded = origin * s.stride.y;
+            const int needed = std::min((row1 - 1) * s.stride.y + reach, s.height);
+            if (needed > loaded) load_rows(band_, map, n, origin, loaded, needed);
+            loaded = std::max(loaded, needed);
+            conv(band_, map, n, origin, 0, units(n), row0, row1);
+            fill_rest(n, row0, row1);
+        }
     }
 
-    // The output channels that no multiplication reaches: bias alone, then zeros beyond the width.
+    // The output channels that no multiplication reaches: the residual, or bias alone and then zeros beyond the width.
     void fill_rest(int n, int row0, int row1) const {
         const ConvShape& s = args_.shape;
-        const int from = computed(n), width = out_width(n);
-        if (from == s.out_channels) return;
-        float* pixel = image(n) + std::ptrdiff_t(row0) * s.out_width() * s.out_channels;
-        for (std::ptrdiff_t i = 0; i < std::ptrdiff_t(row1 - row0) * s.out_width(); ++i, pixel += s.out_channels) {
-            if (from < width) std::copy_n(bias_ + from, width - from, pixel + from);
-            std::fill_n(pixel + width, s.out_channels - width, 0.0f);
+        const int from = computed(n), width = out_width(n), channels = s.out_channels;
+        if (from == channels) return;
+        const std::ptrdiff_t first = std::ptrdiff_t(row0) * s.out_width() * channels;
+        const std::ptrdiff_t pixels = std::ptrdiff_t(row1 - row0) * s.out_width();
+        T* pixel = args_.out + offset(n) + first;
+        if (args_.residual) {
+            const T* residual = args_.residual + offset(n) + first;
+            for (std::ptrdiff_t i = 0; i < pixels; ++i, pixel += channels, residual += channels)
+                std::copy_n(residual + from, channels - from, pixel + from);
+            return;
+        }
+        for (std::ptrdiff_t i = 0; i < pixels; ++i, pixel += channels) {
+            if (from < width) fill_bias(pixel, from, width);
+            std::fill_n(pixel + width, channels - width, T{});
         }
     }
 
     int units(int n) const { return args_.shape.units(computed(n)); }
 
 private:
-    float* image(int n) const {
-        const ConvShape& s = args_.shape;
-        return args_.out + std::ptrdiff_t(n) * s.out_height() * s.out_width() * s.out_channels;
+    static bool reads_rows_once(const ConvShape& s) { return s.kernel.y == 1 && s.padding.y == 0; }
+
+    // Output rows of a band: as many as read and write about a quarter of the L2 cache.
+    static int band_rows(const ConvShape& s) {
+        constexpr double kBytes = 256 << 10;
+        const double row_in = double(s.stride.y) * (s.width + 2 * s.padding.x) * round_up(s.in_channels, kMapBlock<T>);
+        const double row = (row_in + double(s.out_width()) * s.out_channels) * sizeof(T);
+        const int most = std::max(1, int(kBytes / row)), rows = s.out_height();
+        return round_up(ceil_div(rows, ceil_div(rows, most)), 2);
     }
 
-    const Conv2d& args_;
-    const Kernels& kernels_;
-    BlockedMap map_;
-    const float* packed_;
+    // What the map of a thread's own samples holds: a band where no row is read twice, so that it stays in the cache;
+    // else the image, filled from the top as the bands go down.
+    static ConvShape band_shape(const ConvShape& s) {
+        ConvShape band = s;
+        if (reads_rows_once(s)) band.height = std::min(s.height, band_rows(s) * s.stride.y);
+        return band;
+    }
+
+    // Image rows [row0, row1) into a map whose first row is that which output row `origin` reads first.
+    void load_rows(const BasicBlockedMap<T>& to, T* map, int n, int origin, int row0, int row1) const {
+        const ConvShape& s = args_.shape;
+        const int first = origin * s.stride.y;
+        BasicMapLoad<T> load{};
+        load.in_row = std::ptrdiff_t(s.width) * s.in_channels;
+        load.in = args_.x + (std::ptrdiff_t(n) * s.height + first) * load.in_row;
+        load.in_pixel = s.in_channels;
+        load.width = s.width;
+        load.channels = in_width(n);
+        load.out = to.image(map);
+        load.out_row = to.row_pitch();
+        load.out_block = to.block_pitch();
+        load.out_col = to.read_columns();
+        load.row_read = to.read_rows();
+        kernels_.load(load, row0 - first, row1 - first);
+    }
+
+    // Output rows [row0, row1) from such a map.
+    void conv(const BasicBlockedMap<T>& from, const T* map, int n, int origin, int unit0, int unit1, int row0,
+              int row1) const {
+        const ConvShape& s = args_.shape;
+        BasicConvPass<T> pass = from.pass(map, packed_, in_width(n), computed(n));
+        pass.mul = ones_;
+        pass.add = bias_;
+        pass.out_row = std::ptrdiff_t(s.out_width()) * s.out_channels;
+        const std::ptrdiff_t first = offset(n) + origin * pass.out_row;
+        pass.residual = args_.residual ? args_.residual + first : nullptr;
+        pass.out = args_.out + first;
+        pass.out_block = kMapBlock<T>;
+        pass.out_col = out_columns_.data();
+        kernels_.conv(pass, unit0, unit1, row0 - origin, row1 - origin);
+    }
+
+    void fill_bias(T* pixel, int from, int to) const {
+        if (args_.bias)
+            std::copy(args_.bias + from, args_.bias + to, pixel + from);
+        else
+            std::fill(pixel + from, pixel + to, T{});
+    }
+    std::ptrdiff_t offset(int n) const {
+        const ConvShape& s = args_.shape;
+        return std::ptrdiff_t(n) * s.out_height() * s.out_width() * s.out_channels;
+    }
+
+    const Conv2d<T>& args_;
+    const BasicKernels<T>& kernels_;
+    BasicBlockedMap<T> map_, band_;
+    const T* packed_;
     const float* ones_;
     const float* bias_;
     std::vector<std::ptrdiff_t> out_columns_;
 };
 
+// A 1x1 convolution sees no rows: those of a small image are joined to longer ones, which split into better tiles.
+ConvShape joined_rows(ConvShape s) {
+    constexpr int kEnough = 48;  // pixels
+    if (s.taps() > 1 || s.stride.y > 1 || s.stride.x > 1 || s.padding.y > 0 || s.padding.x > 0) return s;
+    int rows = 1;
+    while (rows < s.height && (rows * s.width < kEnough || s.height % rows)) ++rows;
+    s.width *= rows;
+    s.height /= rows;
+    return s;
+}
+
 }  // namespace
 
-void conv2d(const Conv2d& args) {
+template <class T>
+void conv2d(const Conv2d<T>& given) {
+    Conv2d<T> args = given;
+    args.shape = joined_rows(given.shape);
     const ConvShape& shape = args.shape;
     const int out_height = shape.out_height(), threads = std::max(1, args.threads);
     if (args.samples == 0 || out_height <= 0 || shape.out_width() <= 0) return;
 
     std::vector<float> ones(shape.out_channels + kBlock, 1.0f), bias(shape.out_channels + kBlock, 0.0f);
-    if (args.bias) std::copy_n(args.bias, shape.out_channels, bias.begin());
+    if (args.bias) std::transform(args.bias, args.bias + shape.out_channels, bias.begin(), [](T b) { return to_float(b); });
 
     // Memory: packed weights, one workspace a thread, one a shared sample.
     const std::size_t weight_floats =
-        packed_floats(shape.out_channels, shape.group_in(), shape.taps(), shape.groups);
-    const Runner sizes(args, nullptr, nullptr, nullptr);
+        packed_elements<T>(shape.out_channels, shape.group_in(), shape.taps(), shape.groups) / kWord<T>;
+    const Runner<T> sizes(args, nullptr, nullptr, nullptr);
     std::vector<int> order(args.samples);
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return sizes.cost(a) > sizes.cost(b); });
@@ -117,33 +198,31 @@ void conv2d(const Conv2d& args) {
     for (int n : order) cost.push_back(sizes.cost(n));
     const int whole = count_whole(cost, threads), shared = args.samples - whole;
     const int parts = shared ? ceil_div(2 * threads, shared) : 1;
-    const std::size_t floats = sizes.workspace_floats();
-    float* packed = scratch(weight_floats + ((whole ? threads : 0) + shared) * floats);
-    float* memory = packed + weight_floats;
-    float* shared_memory = memory + (whole ? threads : 0) * floats;
+    const std::size_t own_floats = sizes.own_floats(), shared_floats = sizes.shared_floats();
+    float* memory = scratch(Scratch::kWork, weight_floats + (whole ? threads : 0) * own_floats + shared * shared_floats);
+    float* const own_memory = memory + weight_floats;
+    float* const shared_memory = own_memory + (whole ? threads : 0) * own_floats;
+    T* const packed = elements<T>(memory);
     pack_weight(args.weight, shape.out_channels, shape.group_in(), shape.taps(), shape.groups, threads, packed);
 
-    const Runner run(args, packed, ones.data(), bias.data());
+    const Runner<T> run(args, packed, ones.data(), bias.data());
     std::vector<Cut> cuts;
     for (int s = 0; s < shared; ++s) cuts.push_back(run.cut(order[whole + s], parts));
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        float* map = memory + thread_index() * floats;
+        T* map = elements<T>(own_memory + thread_index() * own_floats);
         bool bordered = false;
 #pragma omp for schedule(dynamic, 1) nowait
         for (int i = 0; i < whole; ++i) {
-            const int n = order[i];
-            if (!bordered) run.zero_borders(map);  // once: samples only write inside
+            if (!bordered) run.zero_own_borders(map);  // once: samples only write inside
             bordered = true;
-            run.load_rows(map, n, 0, shape.height);
-            run.conv(map, n, 0, run.units(n), 0, out_height);
-            run.fill_rest(n, 0, out_height);
+            run.whole_sample(map, order[i]);
         }
         if (shared) {
 #pragma omp for schedule(dynamic, 1)
             for (int i = 0; i < shared * parts; ++i) {
-                float* of = shared_memory + i / parts * floats;
+                T* of = elements<T>(shared_memory + i / parts * shared_floats);
                 const int n = order[whole + i / parts], part = i % parts;
                 if (part == 0) run.zero_borders(of);
                 run.load_rows(of, n, shape.height * part / parts, shape.height * (part + 1) / parts);
@@ -153,11 +232,14 @@ void conv2d(const Conv2d& args) {
             for (int i = 0; i < shared * parts; ++i) {
                 const int s = i / parts;
                 for (int p = i % parts; p < cuts[s].parts(); p += parts)
-                    run.conv(shared_memory + s * floats, order[whole + s], cuts[s].unit0(p), cuts[s].unit1(p),
+                    run.conv(elements<T>(shared_memory + s * shared_floats), order[whole + s], cuts[s].unit0(p), cuts[s].unit1(p),
                              cuts[s].row0(p), cuts[s].row1(p));
             }
         }
     }
 }
+
+template void conv2d(const Conv2d<float>&);
+template void conv2d(const Conv2d<bf16>&);
 
 }  // namespace den

@@ -1,8 +1,8 @@
 // The micro-kernel: a register tile of R x Q output pixels by NV vectors of output channels.
 //
-// For each input channel of each tap: NV loads of weights, R*Q broadcasts of x, R*Q*NV multiply-adds. Each output is
-// summed in one fixed order (block of input channels, tap, channel) by one accumulator, whatever the shape of the tile
-// that it falls into: splitting the work differently over threads changes no bit.
+// For each word of input channels of each tap: NV loads of weights, R*Q broadcasts of x, R*Q*NV multiply-adds. Each
+// output is summed in one fixed order (block of input channels, tap, channel) by one accumulator, whatever the shape of
+// the tile that it falls into: splitting the work differently over threads changes no bit.
 #pragma once
 
 #include "kernels.h"
@@ -11,120 +11,173 @@
 namespace {
 
 // The place of one tile in its pass.
+template <class T>
 struct TileAt {
-    const float* in;      // first pixel, channel block 0, tap offset 0
-    const float* weight;  // first vector of the tile
-    int first_in;         // first input channel of the group
-    int first_out;        // first output channel of the tile
-    int lanes_out;        // output channels to write: fewer than the tile has at a ragged end
+    const T* in;      // first pixel, channel block 0, tap offset 0
+    const T* weight;  // first vector of the tile
+    int first_in;     // first input channel of the group
+    int first_out;    // first output channel of the tile
+    int lanes_out;    // output channels to write: fewer than the tile has at a ragged end
     int row, col;
 };
 
-using TileFn = void (*)(const den::ConvPass&, const TileAt&);
+template <class T>
+using TileFn = void (*)(const den::BasicConvPass<T>&, const TileAt<T>&);
 
-// Where the output channels of a tile begin, from the start of a pixel.
-inline std::ptrdiff_t out_block(const den::ConvPass& pass, const TileAt& at) {
-    return (at.first_out / den::kBlock) * pass.out_block + at.first_out % den::kBlock;
+// Where an output channel lies, from the start of a pixel.
+template <class T>
+inline std::ptrdiff_t channel_at(const den::BasicConvPass<T>& pass, int c) {
+    return (c / den::kMapBlock<T>) * pass.out_block + c % den::kMapBlock<T>;
+}
+
+// From one block of 16 packed outputs to the next.
+template <class T>
+inline std::ptrdiff_t weight_block_of(const den::BasicConvPass<T>& pass) {
+    constexpr int word = den::kWord<T>;
+    return (std::ptrdiff_t)pass.taps * ((pass.group_in + word - 1) / word) * den::kMapBlock<T>;
 }
 
 // Asks for the lines that the epilogue will read and write: they left the cache long ago, or were never in it, and the
 // sums take long enough to fetch them.
-template <class V, int NV>
-void prefetch(const den::ConvPass& pass, const TileAt& at, int rows, int cols) {
-    constexpr int per_block = den::kBlock / V::lanes;
-    const float* from = (pass.residual ? pass.residual : pass.out) + out_block(pass, at);
-    for (int r = 0; r < rows; ++r)
-        for (int q = 0; q < cols; ++q) {
-            const float* pixel = from + (at.row + r) * pass.out_row + pass.out_col[at.col + q];
-            for (int v = 0; v < NV; v += per_block) __builtin_prefetch(pixel + (v / per_block) * pass.out_block, 1);
-        }
+template <class T, class V, int NV>
+void prefetch(const den::BasicConvPass<T>& pass, const TileAt<T>& at, int rows, int cols) {
+    constexpr int step = den::kMapBlock<T> / V::lanes > 0 ? den::kMapBlock<T> / V::lanes : 1;  // vectors in a line
+    const T* from = pass.residual ? pass.residual : pass.out;
+    for (int v = 0; v < NV; v += step) {
+        const T* line = from + channel_at(pass, at.first_out + v * V::lanes);
+        for (int r = 0; r < rows; ++r)
+            for (int q = 0; q < cols; ++q)
+                __builtin_prefetch(line + (at.row + r) * pass.out_row + pass.out_col[at.col + q], 1);
+    }
+}
+
+// The end of the epilogue for vector v where its channels are fewer than its lanes, or lie in two blocks.
+template <class T, class V>
+void finish_ragged(const den::BasicConvPass<T>& pass, const TileAt<T>& at, int v, typename V::Reg value,
+                   typename V::Reg floor, const T* residual, T* out) {
+    constexpr int block = den::kMapBlock<T>;
+    const int first = at.first_out + v * V::lanes, left = at.lanes_out - v * V::lanes;
+    const int count = left < V::lanes ? left : V::lanes;
+    if (count <= 0) return;
+    // Channels up to `turn` lie in the first block.
+    const int room = pass.out_block == block ? count : block - first % block;
+    const int turn = room < count ? room : count;
+    const std::ptrdiff_t place = channel_at(pass, first), gap = pass.out_block - block;
+    T line[V::lanes] = {};
+    if (residual) {
+        for (int i = 0; i < turn; ++i) line[i] = residual[place + i];
+        for (int i = turn; i < count; ++i) line[i] = residual[place + gap + i];
+        value = V::add(value, V::load(line));
+    }
+    V::store(line, V::at_least(floor, value));
+    for (int i = 0; i < turn; ++i) out[place + i] = line[i];
+    for (int i = turn; i < count; ++i) out[place + gap + i] = line[i];
+    // The next convolution reads whole pairs.
+    if (den::kWord<T> == 2 && pass.whole_blocks && count % 2) out[channel_at(pass, first + count)] = T{};
 }
 
 // The epilogue of a tile: relu(sum * mul + add + residual).
-template <class V, int NV>
-void finish(const den::ConvPass& pass, const TileAt& at, int rows, int cols, float* sums) {
+template <class T, class V, int NV>
+void finish(const den::BasicConvPass<T>& pass, const TileAt<T>& at, int rows, int cols, const float* sums) {
     using Reg = typename V::Reg;
-    constexpr int kBlock = den::kBlock;
-    constexpr int per_block = kBlock / V::lanes;
+    constexpr int lanes = V::lanes;
     Reg mul[NV], add[NV];
+    std::ptrdiff_t place[NV];
     for (int v = 0; v < NV; ++v) {
-        mul[v] = V::load(pass.mul + at.first_out + v * V::lanes);
-        add[v] = V::load(pass.add + at.first_out + v * V::lanes);
+        mul[v] = V::load(pass.mul + at.first_out + v * lanes);
+        add[v] = V::load(pass.add + at.first_out + v * lanes);
+        place[v] = channel_at(pass, at.first_out + v * lanes);
     }
     const float lowest = pass.relu ? 0.0f : -__builtin_inff();
     const Reg floor = V::broadcast(&lowest);
-    // Whole vectors go straight out unless the channels are ragged or straddle two blocks of a blocked map.
-    const bool straight = at.lanes_out == NV * V::lanes &&
-                          (pass.out_block == kBlock || at.first_out % V::lanes == 0);
-    const std::ptrdiff_t block = out_block(pass, at);
+    // A vector of channels lies in one piece unless it straddles two blocks of a blocked map.
+    const bool contiguous = pass.out_block == den::kMapBlock<T> || at.first_out % lanes == 0;
+    const int whole = contiguous ? at.lanes_out / lanes : 0;  // vectors that go straight out
     for (int r = 0; r < rows; ++r)
-        for (int q = 0; q < cols; ++q, sums += NV * V::lanes) {
+        for (int q = 0; q < cols; ++q, sums += NV * lanes) {
             const std::ptrdiff_t pixel = (at.row + r) * pass.out_row + pass.out_col[at.col + q];
-            if (straight) {
-                const float* residual = pass.residual ? pass.residual + pixel + block : nullptr;
-                float* out = pass.out + pixel + block;
+            const T* residual = pass.residual ? pass.residual + pixel : nullptr;
+            T* out = pass.out + pixel;
 #pragma GCC unroll 4
-                for (int v = 0; v < NV; ++v) {
-                    const std::ptrdiff_t place = (v / per_block) * pass.out_block + (v % per_block) * V::lanes;
-                    Reg value = V::fma(V::load(sums + v * V::lanes), mul[v], add[v]);
-                    if (residual) value = V::add(value, V::load(residual + place));
-                    V::store(out + place, V::at_least(floor, value));
+            for (int v = 0; v < NV; ++v) {
+                Reg value = V::fma(V::load(sums + v * lanes), mul[v], add[v]);
+                if (v < whole) {
+                    if (residual) value = V::add(value, V::load(residual + place[v]));
+                    V::store(out + place[v], V::at_least(floor, value));
+                } else {
+                    finish_ragged<T, V>(pass, at, v, value, floor, residual, out);
                 }
-                continue;
-            }
-            for (int v = 0; v < NV; ++v)
-                V::store(sums + v * V::lanes, V::fma(V::load(sums + v * V::lanes), mul[v], add[v]));
-            for (int i = 0; i < at.lanes_out; ++i) {
-                const int c = at.first_out + i;
-                const std::ptrdiff_t place = pixel + (c / kBlock) * pass.out_block + c % kBlock;
-                float value = sums[i];
-                if (pass.residual) value += pass.residual[place];
-                pass.out[place] = value < lowest ? lowest : value;
             }
         }
 }
 
-template <class V, int NV, int R, int Q>
-void tile(const den::ConvPass& pass, const TileAt& at) {
-    using Reg = typename V::Reg;
-    constexpr int kBlock = den::kBlock;
-    constexpr int per_block = kBlock / V::lanes;
-    const std::ptrdiff_t weight_block = (std::ptrdiff_t)pass.taps * pass.group_in * kBlock;
+// Copies one row of weights, NV vectors of pairs, with zeros for the second of each pair.
+template <class V, int NV, class T>
+void first_of_pairs(const T* weight, std::ptrdiff_t weight_block, T* half) {
+    constexpr int per_block = den::kBlock / V::lanes, pairs = V::lanes;
+    for (int v = 0; v < NV; ++v)
+        for (int i = 0; i < pairs; ++i) {
+            half[(v * pairs + i) * 2] = weight[(v / per_block) * weight_block + ((v % per_block) * pairs + i) * 2];
+            half[(v * pairs + i) * 2 + 1] = T{};
+        }
+}
+
+template <class T, class V, int NV, int R, int Q>
+void tile(const den::BasicConvPass<T>& pass, const TileAt<T>& at) {
+    using P = Product<V, T>;
+    constexpr int word = den::kWord<T>, block = den::kMapBlock<T>;  // a row of 16 weight words is as long as a block
+    constexpr int per_block = den::kBlock / V::lanes;
+    const std::ptrdiff_t weight_block = weight_block_of(pass);
     const std::ptrdiff_t in_row = pass.in_row;
 
-    prefetch<V, NV>(pass, at, R, Q);
-    Reg acc[R * Q][NV];
+    prefetch<T, V, NV>(pass, at, R, Q);
+    typename V::Reg acc[R * Q][NV];
 #pragma GCC unroll 32
     for (int p = 0; p < R * Q; ++p)
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) acc[p][v] = V::zero();
 
-    const float* weight = at.weight;
+    const T* weight = at.weight;
     for (int done = 0; done < pass.active_in;) {
         // A run of input channels inside one block; a group may begin in the middle of a block.
         const int c0 = at.first_in + done;
-        const int room = kBlock - c0 % kBlock;
+        const int room = block - c0 % block;
         const int packed = room < pass.group_in - done ? room : pass.group_in - done;
         const int run = packed < pass.active_in - done ? packed : pass.active_in - done;
-        const float* in = at.in + (c0 / kBlock) * pass.in_block + c0 % kBlock;
+        // An odd width ends inside a pair of packed weights, of which the second must not be read.
+        const int halves = run < packed ? run % word : 0;
+        const int words = halves ? run / word : (run + word - 1) / word;
+        const T* in = at.in + (c0 / block) * pass.in_block + c0 % block;
         for (int t = 0; t < pass.taps; ++t) {
-            const float* x = in + pass.tap[t];
-            const float* w = weight;
-            for (int c = 0; c < run; ++c, ++x, w += kBlock) {
-                Reg k[NV];
+            const T* x = in + pass.tap[t];
+            const T* w = weight;
+            std::ptrdiff_t next_vectors = weight_block;
+            int count = words;
+            alignas(64) T half[word == 1 ? 1 : NV * V::lanes * word];
+            for (int part = 0; part <= halves; ++part) {
+                if constexpr (word > 1) if (part == 1) {
+                    first_of_pairs<V, NV>(w, weight_block, half);
+                    w = half, next_vectors = block, count = 1;
+                }
+                for (int c = 0; c < count; ++c, x += word, w += block) {
+#pragma GCC unroll 2
+                    for (int step = 0; step < P::steps; ++step) {
+                        typename P::Reg k[NV];
 #pragma GCC unroll 4
-                for (int v = 0; v < NV; ++v)
-                    k[v] = V::load(w + (v / per_block) * weight_block + (v % per_block) * V::lanes);
+                        for (int v = 0; v < NV; ++v)
+                            k[v] = P::weights(w + (v / per_block) * next_vectors + (v % per_block) * V::lanes * word, step);
 #pragma GCC unroll 4
-                for (int r = 0; r < R; ++r)
+                        for (int r = 0; r < R; ++r)
 #pragma GCC unroll 32
-                    for (int q = 0; q < Q; ++q) {
-                        const Reg b = V::broadcast(x + r * in_row + q * kBlock);
+                            for (int q = 0; q < Q; ++q) {
+                                const typename P::Reg b = P::broadcast(x + r * in_row + q * block, step);
 #pragma GCC unroll 4
-                        for (int v = 0; v < NV; ++v) acc[r * Q + q][v] = V::fma(b, k[v], acc[r * Q + q][v]);
+                                for (int v = 0; v < NV; ++v) acc[r * Q + q][v] = P::fma(b, k[v], acc[r * Q + q][v]);
+                            }
                     }
+                }
             }
-            weight += (std::ptrdiff_t)packed * kBlock;
+            weight += (std::ptrdiff_t)((packed + word - 1) / word) * block;
         }
         done += packed;
     }
@@ -136,7 +189,7 @@ void tile(const den::ConvPass& pass, const TileAt& at) {
     for (int p = 0; p < R * Q; ++p)
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) V::store(sums[p] + v * V::lanes, acc[p][v]);
-    finish<V, NV>(pass, at, R, Q, sums[0]);
+    finish<T, V, NV>(pass, at, R, Q, sums[0]);
 }
 
 }  // namespace

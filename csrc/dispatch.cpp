@@ -5,52 +5,74 @@
 
 namespace den {
 
-extern const Kernels kernels_portable;
+extern const BasicKernels<float> kernels_float_portable;
+extern const BasicKernels<bf16> kernels_bf16_portable;
+extern const TrainingKernels training_portable;
 #if defined(DEN_X86)
-extern const Kernels kernels_avx512;
-extern const Kernels kernels_avx2;
+extern const BasicKernels<float> kernels_float_avx512, kernels_float_avx2;
+extern const BasicKernels<bf16> kernels_bf16_avx512_bf16, kernels_bf16_avx512, kernels_bf16_avx2;
+extern const TrainingKernels training_avx512, training_avx2;
 #endif
 
 namespace {
 
+struct Isa {
+    const char* name;
+    const BasicKernels<float>& of_float;
+    const BasicKernels<bf16>& of_bf16;
+    const TrainingKernels& training;
+};
+
 // Best first. __builtin_cpu_supports also asks the operating system whether it saves the wider registers.
-std::vector<const Kernels*> detect() {
-    std::vector<const Kernels*> found;
+std::vector<Isa> detect() {
+    std::vector<Isa> found;
 #if defined(DEN_X86)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx2") &&
-        __builtin_cpu_supports("fma"))
-        found.push_back(&kernels_avx512);
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&kernels_avx2);
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl");
+    if (avx512 && __builtin_cpu_supports("avx512bf16"))
+        found.push_back({"avx512_bf16", kernels_float_avx512, kernels_bf16_avx512_bf16, training_avx512});
+    if (avx512) found.push_back({"avx512", kernels_float_avx512, kernels_bf16_avx512, training_avx512});
+    if (avx2) found.push_back({"avx2", kernels_float_avx2, kernels_bf16_avx2, training_avx2});
 #endif
-    found.push_back(&kernels_portable);
+    found.push_back({"portable", kernels_float_portable, kernels_bf16_portable, training_portable});
     return found;
 }
 
-const std::vector<const Kernels*>& supported() {
-    static const std::vector<const Kernels*> found = detect();
+const std::vector<Isa>& supported() {
+    static const std::vector<Isa> found = detect();
     return found;
 }
 
-std::atomic<const Kernels*>& current() {
-    static std::atomic<const Kernels*> kernels{supported().front()};
-    return kernels;
+std::atomic<const Isa*>& current() {
+    static std::atomic<const Isa*> isa{&supported().front()};
+    return isa;
 }
 
 }  // namespace
 
-const Kernels& kernels() { return *current().load(std::memory_order_relaxed); }
+template <>
+const BasicKernels<float>& kernels() {
+    return current().load(std::memory_order_relaxed)->of_float;
+}
+
+template <>
+const BasicKernels<bf16>& kernels() {
+    return current().load(std::memory_order_relaxed)->of_bf16;
+}
+
+const TrainingKernels& training_kernels() { return current().load(std::memory_order_relaxed)->training; }
 
 std::vector<std::string> supported_isas() {
     std::vector<std::string> names;
-    for (const Kernels* k : supported()) names.push_back(k->name);
+    for (const Isa& isa : supported()) names.push_back(isa.name);
     return names;
 }
 
 std::string set_isa(const std::string& name) {
     std::string names;
-    for (const Kernels* k : supported()) {
-        if (name == k->name) return current().exchange(k)->name;
-        names += (names.empty() ? "" : ", ") + std::string(k->name);
+    for (const Isa& isa : supported()) {
+        if (name == isa.name) return current().exchange(&isa)->name;
+        names += (names.empty() ? "" : ", ") + std::string(isa.name);
     }
     throw std::invalid_argument("isa must be one that this machine runs (" + names + "), got '" + name + "'");
 }

@@ -5,10 +5,13 @@
 #include <vector>
 
 #include "kernels.h"
+#include "training_kernels.h"
 
 namespace den {
 
-const Kernels& kernels();                  // those in use
+template <class T = float>
+const BasicKernels<T>& kernels();           // those in use
+const TrainingKernels& training_kernels();
 std::vector<std::string> supported_isas();  // best first
 // Changes the kernels in use, for tests and measurements; returns the name of those used before.
 // Throws std::invalid_argument when the machine cannot run them.

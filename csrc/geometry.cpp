@@ -4,13 +4,16 @@
 
 namespace den {
 
-BlockedMap::BlockedMap(const ConvShape& conv) : conv_(conv) {
-    const int columns = conv.width + 2 * conv.padding.x, phases = conv.stride.x;
-    const std::ptrdiff_t phase_pitch = std::ptrdiff_t(ceil_div(columns, phases)) * kBlock;
-    rows_ = conv.height + 2 * conv.padding.y;
+template <class T>
+BasicBlockedMap<T>::BasicBlockedMap(const ConvShape& conv, Pair slack) : conv_(conv), slack_(slack) {
+    constexpr int block = kMapBlock<T>;
+    const int columns = conv.width + 2 * conv.padding.x + slack.x, phases = conv.stride.x;
+    const std::ptrdiff_t phase_pitch = std::ptrdiff_t(ceil_div(columns, phases)) * block;
+    rows_ = conv.height + 2 * conv.padding.y + slack.y;
     row_pitch_ = phases * phase_pitch;
-    block_pitch_ = rows_ * row_pitch_;
-    floats_ = std::size_t(ceil_div(conv.in_channels, kBlock)) * block_pitch_;
+    // An odd number of cache lines: the blocks of a pixel would else often fall into one set of the cache.
+    block_pitch_ = rows_ * row_pitch_ + (rows_ * row_pitch_ / block % 2 == 0 ? block : 0);
+    floats_ = std::size_t(ceil_div(conv.in_channels, block)) * block_pitch_ / kWord<T>;
 
     std::vector<char> phase_read(phases, 0), row_phase_read(conv.stride.y, 0);
     for (int ky = 0; ky < conv.kernel.y; ++ky) {
@@ -18,32 +21,36 @@ BlockedMap::BlockedMap(const ConvShape& conv) : conv_(conv) {
         for (int kx = 0; kx < conv.kernel.x; ++kx) {
             const int x = kx * conv.dilation.x;
             phase_read[x % phases] = 1;
-            taps_.push_back(ky * conv.dilation.y * row_pitch_ + (x % phases) * phase_pitch + (x / phases) * kBlock);
+            taps_.push_back(ky * conv.dilation.y * row_pitch_ + (x % phases) * phase_pitch + (x / phases) * block);
         }
     }
     for (int y = 0; y < rows_; ++y) read_rows_.push_back(row_phase_read[y % conv.stride.y]);
     for (int x = 0; x < columns; ++x) {
-        columns_.push_back((x % phases) * phase_pitch + (x / phases) * kBlock);
+        columns_.push_back((x % phases) * phase_pitch + (x / phases) * block);
         read_columns_.push_back(phase_read[x % phases] ? columns_.back() : -1);
     }
 }
 
-void BlockedMap::zero_border(float* map, int channels) const {
+template <class T>
+void BasicBlockedMap<T>::zero_border(T* map, int channels) const {
+    constexpr int block = kMapBlock<T>;
     const int top = conv_.padding.y, left = conv_.padding.x, columns = int(columns_.size());
-    for (int block = 0; block < ceil_div(channels, kBlock); ++block) {
-        float* base = map + block * block_pitch_;
-        std::fill_n(base, top * row_pitch_, 0.0f);
-        std::fill_n(base + (rows_ - top) * row_pitch_, top * row_pitch_, 0.0f);
-        for (int row = top; row < rows_ - top; ++row)
-            for (int i = 0; i < left; ++i) {
-                std::fill_n(base + row * row_pitch_ + columns_[i], kBlock, 0.0f);
-                std::fill_n(base + row * row_pitch_ + columns_[columns - 1 - i], kBlock, 0.0f);
-            }
+    const int bottom = top + slack_.y, right = left + slack_.x;
+    for (int b = 0; b < ceil_div(channels, block); ++b) {
+        T* base = map + b * block_pitch_;
+        std::fill_n(base, top * row_pitch_, T{});
+        std::fill_n(base + (rows_ - bottom) * row_pitch_, bottom * row_pitch_, T{});
+        for (int row = top; row < rows_ - bottom; ++row) {
+            T* line = base + row * row_pitch_;
+            for (int i = 0; i < left; ++i) std::fill_n(line + columns_[i], block, T{});
+            for (int i = 0; i < right; ++i) std::fill_n(line + columns_[columns - 1 - i], block, T{});
+        }
     }
 }
 
-ConvPass BlockedMap::pass(const float* map, const float* weight, int active_in, int active_out) const {
-    ConvPass pass{};
+template <class T>
+BasicConvPass<T> BasicBlockedMap<T>::pass(const T* map, const T* weight, int active_in, int active_out) const {
+    BasicConvPass<T> pass{};
     pass.in = map;
     pass.in_row = conv_.stride.y * row_pitch_;
     pass.in_block = block_pitch_;
@@ -57,6 +64,9 @@ ConvPass BlockedMap::pass(const float* map, const float* weight, int active_in, 
     pass.width = conv_.out_width();
     return pass;
 }
+
+template class BasicBlockedMap<float>;
+template class BasicBlockedMap<bf16>;
 
 std::vector<std::ptrdiff_t> nhwc_columns(int width, int channels) {
     std::vector<std::ptrdiff_t> columns(width);

@@ -1,7 +1,9 @@
-// Shapes: one convolution's sizes, the blocked map that it reads, and where its taps lie in that map.
+// Elements as floats; shapes: one convolution's sizes, the blocked map that it reads, and where its taps lie in that map.
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "kernels.h"
@@ -10,6 +12,30 @@ namespace den {
 
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 inline int round_up(int a, int b) { return ceil_div(a, b) * b; }
+inline std::size_t round_up(std::size_t a, int b) { return (a + b - 1) / b * b; }
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
+    const std::uint32_t bits = std::uint32_t(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+template <class T>
+T from_float(float x);
+template <>
+inline float from_float<float>(float x) {
+    return x;
+}
+// Rounds to nearest even; a NaN stays one.
+template <>
+inline bf16 from_float<bf16>(float x) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    const std::uint32_t rounded = x != x ? bits | 0x400000u : bits + ((bits >> 16) & 1) + 0x7fffu;
+    return {std::uint16_t(rounded >> 16)};
+}
 
 struct Pair {
     int y, x;
@@ -34,17 +60,19 @@ struct ConvShape {
 };
 
 // The zero-padded blocked map that a convolution reads (see kernels.h), without its memory.
-class BlockedMap {
+template <class T>
+class BasicBlockedMap {
 public:
-    explicit BlockedMap(const ConvShape& conv);
+    // `slack`: rows and columns of zeros behind the padding, for tiles that reach beyond the map.
+    explicit BasicBlockedMap(const ConvShape& conv, Pair slack = {0, 0});
 
-    std::size_t floats() const { return floats_; }
+    std::size_t floats() const { return floats_; }  // of memory, whatever T is
     const ConvShape& conv() const { return conv_; }
     const std::vector<std::ptrdiff_t>& taps() const { return taps_; }
     std::ptrdiff_t row_pitch() const { return row_pitch_; }
     std::ptrdiff_t block_pitch() const { return block_pitch_; }
     // Where the image begins, and the offset of each of its columns.
-    float* image(float* map) const { return map + conv_.padding.y * row_pitch_; }
+    T* image(T* map) const { return map + conv_.padding.y * row_pitch_; }
     const std::ptrdiff_t* columns() const { return columns_.data() + conv_.padding.x; }
     // The same, negative for a column that no tap reads; and for each row of the image whether any does (strided 1x1
     // convolutions read one pixel in four).
@@ -52,20 +80,23 @@ public:
     const char* read_rows() const { return read_rows_.data() + conv_.padding.y; }
 
     // Writes the zeros around the image of the first `channels` channels. Nothing else ever writes them.
-    void zero_border(float* map, int channels) const;
+    void zero_border(T* map, int channels) const;
 
     // The pass of this convolution over a filled map, its output and epilogue still to be set. active_in and
     // active_out count channels of all groups together; with groups they are whole groups.
-    ConvPass pass(const float* map, const float* weight, int active_in, int active_out) const;
+    BasicConvPass<T> pass(const T* map, const T* weight, int active_in, int active_out) const;
 
 private:
     ConvShape conv_;
+    Pair slack_;
     int rows_;
     std::ptrdiff_t row_pitch_, block_pitch_;
     std::size_t floats_;
     std::vector<std::ptrdiff_t> columns_, read_columns_, taps_;
     std::vector<char> read_rows_;
 };
+
+using BlockedMap = BasicBlockedMap<float>;
 
 // Column offsets of an NHWC row.
 std::vector<std::ptrdiff_t> nhwc_columns(int width, int channels);

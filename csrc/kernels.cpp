@@ -1,4 +1,5 @@
-// The kernels of one instruction set: compiled once for each, with DEN_ISA_* and the matching compiler flags.
+// The kernels of one instruction set for one element type: compiled once for each, with the matching compiler flags,
+// DEN_ISA_<ISA>, DEN_ISA=<isa> and DEN_ELEMENT=float or bf16.
 //
 // No standard library here: its inline functions would be merged across instruction sets by the linker.
 #include "kernels.h"
@@ -7,49 +8,55 @@
 
 namespace {
 
+using den::bf16;
+using Element = DEN_ELEMENT;
+using TileAtElement = TileAt<Element>;
+using Tile = TileFn<Element>;
+using ConvPass = den::BasicConvPass<Element>;
+using MapLoad = den::BasicMapLoad<Element>;
+
 // Register tiles by output vectors (NV). Enough independent accumulators to hide the latency of a multiply-add, as
 // many pixels as the registers hold: each load of weights is used once a pixel.
-#if defined(DEN_ISA_AVX512)
-#define DEN_ISA_NAME avx512
+#if defined(DEN_512)
 using Vec = Vec16;
-constexpr int kMaxVectors = 3;
 template <int NV> struct Shape;
 template <> struct Shape<1> { static constexpr int rows = 2, cols = 8; };
 template <> struct Shape<2> { static constexpr int rows = 1, cols = 12; };
 template <> struct Shape<3> { static constexpr int rows = 1, cols = 8; };
+template <> struct Shape<4> { static constexpr int rows = 1, cols = 6; };
+// Rows that give short tiles would read the weights of four vectors too often.
+inline int most_vectors(int width) { return width < 3 * Shape<4>::cols ? 3 : 4; }
 #elif defined(DEN_ISA_AVX2)
-#define DEN_ISA_NAME avx2
 using Vec = Vec8;
-constexpr int kMaxVectors = 2;
 template <int NV> struct Shape;
 template <> struct Shape<1> { static constexpr int rows = 2, cols = 6; };
 template <> struct Shape<2> { static constexpr int rows = 1, cols = 6; };
+inline int most_vectors(int) { return 2; }
 #else
-#define DEN_ISA_NAME portable
 using Vec = Vec4;
-constexpr int kMaxVectors = 2;
 template <int NV> struct Shape;
 template <> struct Shape<1> { static constexpr int rows = 2, cols = 4; };
 template <> struct Shape<2> { static constexpr int rows = 1, cols = 6; };
+inline int most_vectors(int) { return 2; }
 #endif
 
 // Tiles of every width up to the largest, for the whole row height and for a single last row.
 template <class V, int NV>
 struct Tiles {
     static constexpr int rows = Shape<NV>::rows, cols = Shape<NV>::cols;
-    TileFn whole[cols], single[cols];
+    Tile whole[cols], single[cols];
 
     template <int Q>
     constexpr void fill() {
-        whole[Q - 1] = tile<V, NV, rows, Q>;
-        single[Q - 1] = tile<V, NV, 1, Q>;
+        whole[Q - 1] = tile<Element, V, NV, rows, Q>;
+        single[Q - 1] = tile<Element, V, NV, 1, Q>;
         if constexpr (Q > 1) fill<Q - 1>();
     }
     constexpr Tiles() : whole{}, single{} { fill<cols>(); }
 };
 
 template <class V, int NV>
-void tile_rows(const den::ConvPass& pass, TileAt at, int row0, int row1) {
+void tile_rows(const ConvPass& pass, TileAtElement at, int row0, int row1) {
     static constexpr Tiles<V, NV> tiles;
     constexpr int rows = Tiles<V, NV>::rows, cols = Tiles<V, NV>::cols;
     // An even split: 16 pixels by tiles of up to 6 go as 6, 5, 5, not 6, 6, 4.
@@ -57,13 +64,13 @@ void tile_rows(const den::ConvPass& pass, TileAt at, int row0, int row1) {
     const int narrow = pass.width / count, wider = pass.width % count;
     for (int row = row0; row < row1;) {
         const int height = row + rows <= row1 ? rows : 1;
-        const TileFn* set = height == rows ? tiles.whole : tiles.single;
-        const float* in = pass.in + row * pass.in_row;
+        const Tile* set = height == rows ? tiles.whole : tiles.single;
+        const Element* in = pass.in + row * pass.in_row;
         at.row = row;
         at.col = 0;
         for (int i = 0; i < count; ++i) {
             const int q = narrow + (i < wider);
-            at.in = in + at.col * den::kBlock;
+            at.in = in + at.col * den::kMapBlock<Element>;
             set[q - 1](pass, at);
             at.col += q;
         }
@@ -73,36 +80,46 @@ void tile_rows(const den::ConvPass& pass, TileAt at, int row0, int row1) {
 
 inline int vectors_of(int channels) { return (channels + Vec::lanes - 1) / Vec::lanes; }
 
-// How many of the vectors left the next tile takes. Four are better as two and two than as three and one.
-inline int next_vectors(int left) {
-    if (left <= kMaxVectors) return left;
-    return left == kMaxVectors + 1 && kMaxVectors > 2 ? kMaxVectors - 1 : kMaxVectors;
+// How many of the vectors left the next tile takes: as many as it can, but none is left alone.
+inline int next_vectors(int left, int most) {
+    if (left <= most) return left;
+    return left == most + 1 && most > 2 ? most - 1 : most;
 }
 
-void conv(const den::ConvPass& pass, int unit0, int unit1, int row0, int row1) {
-    constexpr int per_block = den::kBlock / Vec::lanes;
+// Output channels that a tile of `lanes` writes when `left` are active. In scratch it may write beyond them, but an odd
+// number ends in a zero, for the pairs of the next convolution.
+inline int lanes_written(const ConvPass& pass, int lanes, int left) {
+    if (left >= lanes) return lanes;
+    return pass.whole_blocks && left % den::kWord<Element> == 0 ? lanes : left;
+}
+
+void conv(const ConvPass& pass, int unit0, int unit1, int row0, int row1) {
+    constexpr int per_block = den::kBlock / Vec::lanes, word = den::kWord<Element>;
     const int units = (pass.group_out + den::kBlock - 1) / den::kBlock;  // of one group
     const int active_units = (pass.active_out + den::kBlock - 1) / den::kBlock;
-    const std::ptrdiff_t weight_block = (std::ptrdiff_t)pass.taps * pass.group_in * den::kBlock;
+    const std::ptrdiff_t weight_block = weight_block_of(pass);
     for (int unit = unit0; unit < unit1;) {
         const int group = unit / active_units, first = unit % active_units;
         const int last = first + (unit1 - unit) < active_units ? first + (unit1 - unit) : active_units;
         const int end = last * per_block < vectors_of(pass.active_out) ? last * per_block : vectors_of(pass.active_out);
         for (int v = first * per_block; v < end;) {
-            const int nv = next_vectors(end - v);
+            const int nv = next_vectors(end - v, most_vectors(pass.width));
             const int out = v * Vec::lanes;  // within the group
             const int left = pass.active_out - out;
-            TileAt at{};
-            at.weight = pass.weight + ((std::ptrdiff_t)group * units + out / den::kBlock) * weight_block + out % den::kBlock;
+            TileAtElement at{};
+            at.weight = pass.weight + ((std::ptrdiff_t)group * units + out / den::kBlock) * weight_block +
+                        out % den::kBlock * word;
             at.first_in = group * pass.group_in;
             at.first_out = group * pass.group_out + out;
-            at.lanes_out = pass.whole_blocks || left > nv * Vec::lanes ? nv * Vec::lanes : left;
-#if defined(DEN_ISA_AVX512)
+            at.lanes_out = lanes_written(pass, nv * Vec::lanes, left);
+#if defined(DEN_512)
             if (nv == 1 && left <= Vec8::lanes) {
                 // Half a vector: 8 lanes do the same work at twice the rate where 512-bit units are paired.
-                at.lanes_out = pass.whole_blocks ? Vec8::lanes : left;
+                at.lanes_out = lanes_written(pass, Vec8::lanes, left);
                 tile_rows<Vec8, 1>(pass, at, row0, row1);
-            } else if (nv == 3)
+            } else if (nv == 4)
+                tile_rows<Vec, 4>(pass, at, row0, row1);
+            else if (nv == 3)
                 tile_rows<Vec, 3>(pass, at, row0, row1);
             else
 #endif
@@ -116,44 +133,60 @@ void conv(const den::ConvPass& pass, int unit0, int unit1, int row0, int row1) {
     }
 }
 
-void load(const den::MapLoad& load, int row0, int row1) {
-    constexpr int step = Vec::lanes;
+// `count` channels, at most a vector of them, through relu(x * mul + add); zeros fill up the vector.
+inline void activate(const Element* x, const float* mul, const float* add, int count, Element* out) {
+    float scale[Vec::lanes] = {}, shift[Vec::lanes] = {};
+    Element line[Vec::lanes] = {};
+    for (int i = 0; i < count; ++i) line[i] = x[i], scale[i] = mul[i], shift[i] = add[i];
+    const Vec::Reg value = Vec::fma(Vec::load(line), Vec::load(scale), Vec::load(shift));
+    Vec::store(out, Vec::at_least(Vec::zero(), value));
+}
+
+void load(const MapLoad& load, int row0, int row1) {
+    constexpr int step = Vec::lanes, block = den::kMapBlock<Element>;
     for (int row = row0; row < row1; ++row) {
         if (!load.row_read[row]) continue;
-        const float* line = load.in + row * load.in_row;
-        float* out_line = load.out + row * load.out_row;
+        const Element* line = load.in + row * load.in_row;
+        Element* out_line = load.out + row * load.out_row;
         for (int col = 0; col < load.width; ++col) {
             if (load.out_col[col] < 0) continue;
-            const float* x = line + col * load.in_pixel;
-            float* out = out_line + load.out_col[col];
+            const Element* x = line + col * load.in_pixel;
+            Element* out = out_line + load.out_col[col];
             int c = 0;
-            for (; c + step <= load.channels; c += step) {
-                Vec::Reg value = Vec::load(x + c);
-                if (load.mul) value = Vec::at_least(Vec::zero(), Vec::fma(value, Vec::load(load.mul + c), Vec::load(load.add + c)));
-                Vec::store(out + (c / den::kBlock) * load.out_block + c % den::kBlock, value);
-            }
-            for (; c < load.channels; ++c) {
-                float value = x[c];
-                if (load.mul) {
-                    value = value * load.mul[c] + load.add[c];
-                    if (value < 0) value = 0;
+            if (load.mul) {
+                for (; c + step <= load.channels; c += step) {
+                    const Vec::Reg value = Vec::fma(Vec::load(x + c), Vec::load(load.mul + c), Vec::load(load.add + c));
+                    Vec::store(out + (c / block) * load.out_block + c % block, Vec::at_least(Vec::zero(), value));
                 }
-                out[(c / den::kBlock) * load.out_block + c % den::kBlock] = value;
+                if (c < load.channels)
+                    activate(x + c, load.mul + c, load.add + c, load.channels - c,
+                             out + (c / block) * load.out_block + c % block);
+            } else {
+                for (; c + block <= load.channels; c += block)
+                    __builtin_memcpy(out + (c / block) * load.out_block, x + c, sizeof(Element) * block);
+                if (c < load.channels) {
+                    Element* last = out + (c / block) * load.out_block - c;
+                    for (; c + step <= load.channels; c += step)
+                        __builtin_memcpy(last + c, x + c, sizeof(Element) * step);
+                    for (; c < load.channels; ++c) last[c] = x[c];
+                    if (c % den::kWord<Element>) last[c] = Element{};
+                }
             }
         }
     }
 }
 
-#define DEN_STRING2(x) #x
-#define DEN_STRING(x) DEN_STRING2(x)
-#define DEN_CONCAT2(a, b) a##b
-#define DEN_CONCAT(a, b) DEN_CONCAT2(a, b)
+#define DEN_CONCAT(table, element, isa) table##_##element##_##isa
+#define DEN_NAME(table, element, isa) DEN_CONCAT(table, element, isa)
+#define DEN_TABLE DEN_NAME(kernels, DEN_ELEMENT, DEN_ISA)
+#define DEN_WINOGRAD DEN_NAME(winograd, DEN_ELEMENT, DEN_ISA)
 
 }  // namespace
 
 namespace den {
 
-extern const Kernels DEN_CONCAT(kernels_, DEN_ISA_NAME);
-const Kernels DEN_CONCAT(kernels_, DEN_ISA_NAME) = {DEN_STRING(DEN_ISA_NAME), conv, load};
+extern const WinogradKernels<Element> DEN_WINOGRAD;
+extern const BasicKernels<Element> DEN_TABLE;
+const BasicKernels<Element> DEN_TABLE = {conv, load, &DEN_WINOGRAD};
 
 }  // namespace den

@@ -2,232 +2,113 @@
 
 #include <algorithm>
 
-#include "dispatch.h"
-#include "geometry.h"
+#include "block_runner.h"
 #include "schedule.h"
 
 namespace den {
 
-namespace {
-
-// The geometry of a block and the steps of one sample. A sample works in a *workspace*: the blocked map that each
-// convolution reads (the intermediate maps never leave it, and it fits the cache), and the scale and shift of the
-// sample's level, padded for whole-vector loads.
-class Runner {
-public:
-    explicit Runner(const ResidualBlock& block) : block_(block), kernels_(kernels()) {
-        int channels = block.channels, height = block.height, width = block.width;
-        for (const BlockConv& conv : block.convs) {
-            const int pad = conv.kernel / 2;
-            ConvShape shape{channels,         conv.out_channels,          conv.groups, height, width,
-                            {conv.kernel, conv.kernel}, {conv.stride, conv.stride}, {pad, pad},  {1, 1}};
-            maps_.emplace_back(shape);
-            map_at_.push_back(workspace_floats_);
-            workspace_floats_ += maps_.back().floats();  // a multiple of a cache line, like all that follows
-            scale_at_.push_back(workspace_floats_);
-            workspace_floats_ += 2 * scale_floats(conv);
-            channels = conv.out_channels, height = shape.out_height(), width = shape.out_width();
-            pool_ *= conv.stride;
-        }
-        out_channels_ = channels, out_height_ = height, out_width_ = width;
-        out_columns_ = nhwc_columns(width, channels);
-        // Of equal shapes the shortcut is x itself (a strided block of a map of one pixel too).
-        plain_shortcut_ = height == block.height && width == block.width && channels == block.channels;
-    }
-
-    std::size_t workspace_floats() const { return workspace_floats_; }
-    int convs() const { return int(maps_.size()); }
-    int hidden(int n) const { return block_.widths[block_.level[n]]; }
-    bool shortcut_is_output() const { return plain_shortcut_ && block_.out == block_.x; }
-
-    double cost(int n) const {
-        double macs = 0;
-        for (int i = 0; i < convs(); ++i) {
-            const ConvShape& conv = maps_[i].conv();
-            macs += conv.macs_per_channel_pair() * active_in(i, n) * active_out(i, n) / conv.groups;
-        }
-        return macs;
-    }
-
-    Cut cut(int i, int n, int parts) const { return Cut(maps_[i].conv(), active_in(i, n), active_out(i, n), parts); }
-
-    void zero_borders(float* workspace) const {
-        for (int i = 0; i < convs(); ++i) maps_[i].zero_border(workspace + map_at_[i], maps_[i].conv().in_channels);
-    }
-
-    void load_scales(float* workspace, int n) const {
-        for (int i = 0; i < convs(); ++i) {
-            const BlockConv& conv = block_.convs[i];
-            const std::size_t row = std::size_t(block_.level[n]) * conv.out_channels;
-            float* to = workspace + scale_at_[i];
-            std::copy_n(conv.scale + row, conv.out_channels, to);
-            std::copy_n(conv.shift + row, conv.out_channels, to + scale_floats(conv));
-        }
-    }
-
-    void load_rows(float* workspace, int n, int row0, int row1) const {
-        const BlockedMap& map = maps_[0];
-        const std::ptrdiff_t in_row = std::ptrdiff_t(block_.width) * block_.channels;
-        MapLoad load{};
-        load.in = block_.x + n * in_row * block_.height;
-        load.in_row = in_row;
-        load.in_pixel = block_.channels;
-        load.width = block_.width;
-        load.channels = block_.channels;
-        load.mul = block_.pre_scale;
-        load.add = block_.pre_shift;
-        load.out = map.image(workspace + map_at_[0]);
-        load.out_row = map.row_pitch();
-        load.out_block = map.block_pitch();
-        load.out_col = map.read_columns();
-        load.row_read = map.read_rows();
-        kernels_.load(load, row0, row1);
-    }
-
-    // Convolution i of sample n: into the next map, or into the output with the shortcut added.
-    void conv(float* workspace, int i, int n, int unit0, int unit1, int row0, int row1) const {
-        const BlockConv& conv = block_.convs[i];
-        ConvPass pass = maps_[i].pass(workspace + map_at_[i], conv.weight, active_in(i, n), active_out(i, n));
-        pass.mul = workspace + scale_at_[i];
-        pass.add = pass.mul + scale_floats(conv);
-        if (i + 1 < convs()) {
-            const BlockedMap& next = maps_[i + 1];
-            pass.relu = true;
-            pass.out = next.image(workspace + map_at_[i + 1]);
-            pass.out_row = next.row_pitch();
-            pass.out_block = next.block_pitch();
-            pass.out_col = next.columns();
-            pass.whole_blocks = conv.groups == 1;  // with groups another group's channels may follow in the block
-        } else {
-            const std::ptrdiff_t image = std::ptrdiff_t(out_height_) * out_width_ * out_channels_;
-            pass.relu = block_.relu;
-            pass.out = block_.out + n * image;
-            // A shortcut of another shape was put into the output before.
-            pass.residual = plain_shortcut_ ? block_.x + n * image : pass.out;
-            pass.out_row = std::ptrdiff_t(out_width_) * out_channels_;
-            pass.out_block = kBlock;
-            pass.out_col = out_columns_.data();
-            pass.whole_blocks = false;
-        }
-        kernels_.conv(pass, unit0, unit1, row0, row1);
-    }
-
-    // out rows = shortcut(x): average pooling (partial windows divide by what is inside), then zero channels.
-    void shortcut(int n, int row0, int row1) const {
-        const std::ptrdiff_t out_row = std::ptrdiff_t(out_width_) * out_channels_;
-        const std::ptrdiff_t in_row = std::ptrdiff_t(block_.width) * block_.channels;
-        const float* x = block_.x + n * in_row * block_.height;
-        float* out = block_.out + n * out_row * out_height_;
-        if (plain_shortcut_) {
-            std::copy_n(x + row0 * in_row, (row1 - row0) * in_row, out + row0 * out_row);
-            return;
-        }
-        const int channels = std::min(block_.channels, out_channels_);
-        for (int row = row0; row < row1; ++row)
-            for (int col = 0; col < out_width_; ++col) {
-                float* to = out + row * out_row + std::ptrdiff_t(col) * out_channels_;
-                const int y0 = row * pool_, y1 = std::min(y0 + pool_, block_.height);
-                const int x0 = col * pool_, x1 = std::min(x0 + pool_, block_.width);
-                const float inside = float((y1 - y0) * (x1 - x0));
-                std::fill_n(to, out_channels_, 0.0f);
-                for (int y = y0; y < y1; ++y)
-                    for (int c0 = x0; c0 < x1; ++c0) {
-                        const float* from = x + y * in_row + std::ptrdiff_t(c0) * block_.channels;
-                        for (int c = 0; c < channels; ++c) to[c] += from[c];
-                    }
-                for (int c = 0; c < channels; ++c) to[c] /= inside;
-            }
-    }
-
-    void whole_sample(float* workspace, int n) const {
-        load_scales(workspace, n);
-        load_rows(workspace, n, 0, block_.height);
-        if (!plain_shortcut_) shortcut(n, 0, out_height_);
-        for (int i = 0; i < convs(); ++i)
-            conv(workspace, i, n, 0, maps_[i].conv().units(active_out(i, n)), 0, maps_[i].conv().out_height());
-    }
-
-    // Before the convolutions of a shared sample: part `part` of `parts`.
-    void prepare_part(float* workspace, int n, int part, int parts) const {
-        if (part == 0) {
-            zero_borders(workspace);
-            load_scales(workspace, n);
-        }
-        load_rows(workspace, n, block_.height * part / parts, block_.height * (part + 1) / parts);
-        if (!plain_shortcut_) shortcut(n, out_height_ * part / parts, out_height_ * (part + 1) / parts);
-    }
-
-    int out_height() const { return out_height_; }
-
-private:
-    static std::size_t scale_floats(const BlockConv& conv) { return round_up(conv.out_channels, kBlock) + kBlock; }
-    int active_in(int i, int n) const { return i == 0 ? block_.channels : hidden(n); }
-    int active_out(int i, int n) const { return i + 1 == convs() ? out_channels_ : hidden(n); }
-
-    const ResidualBlock& block_;
-    const Kernels& kernels_;
-    std::vector<BlockedMap> maps_;  // read by convolution i
-    std::vector<std::size_t> map_at_, scale_at_;
-    std::size_t workspace_floats_ = 0;
-    std::vector<std::ptrdiff_t> out_columns_;
-    int out_channels_, out_height_, out_width_, pool_ = 1;
-    bool plain_shortcut_;
-};
-
-}  // namespace
-
+template <class T>
 void residual_block(const ResidualBlock& block) {
-    const Runner run(block);
+    const BlockRunner<T> run(block);
     std::vector<int> active, idle;
-    std::vector<double> cost;
     for (int i = 0; i < block.samples; ++i) {
         const int n = block.order[i];
         (run.hidden(n) > 0 ? active : idle).push_back(n);
-        if (run.hidden(n) > 0) cost.push_back(run.cost(n));
     }
     if (run.shortcut_is_output()) idle.clear();
     const int idles = int(idle.size());
     if (active.empty() && idle.empty()) return;
 
-    const int threads = std::max(1, block.threads);
-    const int whole = count_whole(cost, threads), shared = int(active.size()) - whole;
-    const int parts = shared ? ceil_div(2 * threads, shared) : 1;  // of each shared sample
-    const std::size_t floats = run.workspace_floats();
-    float* memory = scratch((whole ? threads + shared : shared) * floats);
-    float* shared_memory = memory + (whole ? threads : 0) * floats;
+    // Teams of samples, dearest first; those that are too few to keep all threads busy are computed by all of them.
+    const int threads = std::max(1, block.threads), team = run.team();
+    std::vector<double> cost;
+    for (int i = 0; i < int(active.size()); ++i) {
+        if (i % team == 0) cost.push_back(0);
+        cost.back() += run.cost(active[i]);
+    }
+    const int whole = count_whole(cost, threads);
+    const std::vector<int> shared(active.begin() + std::min<std::size_t>(active.size(), std::size_t(whole) * team), active.end());
+    const int shares = int(shared.size());
+    const int parts = shares ? ceil_div(2 * threads, shares) : 1;  // of each shared sample
+
+    const std::size_t floats = run.workspace_floats(), own = (whole ? team * floats : 0) + run.bench_floats();
+    float* memory = scratch(Scratch::kWork, threads * own + shares * floats + run.shared_v_floats(shares));
+    float* shared_memory = memory + threads * own;
+    float* shared_v = shared_memory + shares * floats;
     std::vector<Cut> cuts;  // [conv][shared sample]
     for (int i = 0; i < run.convs(); ++i)
-        for (int s = 0; s < shared; ++s) cuts.push_back(run.cut(i, active[whole + s], parts));
+        for (int n : shared) cuts.push_back(run.cut(i, n, parts));
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        // Dearest first, each thread taking the next sample when it is free.
-        float* workspace = memory + thread_index() * floats;
+        float* bench = memory + thread_index() * own;
+        float* workspaces = bench + run.bench_floats();
         bool bordered = false;
 #pragma omp for schedule(dynamic, 1) nowait
         for (int i = 0; i < whole; ++i) {
-            if (!bordered) run.zero_borders(workspace);  // once: samples only write inside
+            if (!bordered)
+                for (int s = 0; s < team; ++s) run.zero_borders(workspaces + s * floats);
             bordered = true;
-            run.whole_sample(workspace, active[i]);
+            const int first = i * team;
+            run.run_team(workspaces, active.data() + first, std::min(team, int(active.size()) - first), bench);
         }
 #pragma omp for schedule(dynamic, 1) nowait
-        for (int i = 0; i < idles; ++i) run.shortcut(idle[i], 0, run.out_height());
-        if (shared) {
+        for (int i = 0; i < idles; ++i) run.shortcut(idle[i], 0, run.out_height(), bench);
+        if (shares) {
 #pragma omp for schedule(dynamic, 1)
-            for (int i = 0; i < shared * parts; ++i)
-                run.prepare_part(shared_memory + i / parts * floats, active[whole + i / parts], i % parts, parts);
+            for (int i = 0; i < shares * parts; ++i)
+                run.prepare_part(shared_memory + i / parts * floats, shared[i / parts], i % parts, parts, bench);
             for (int c = 0; c < run.convs(); ++c) {
+                if (run.is_winograd(c)) {
+                    run.shared_winograd(c, shared_memory, shared, shared_v, bench, threads);
+                    continue;
+                }
 #pragma omp for schedule(dynamic, 1)
-                for (int i = 0; i < shared * parts; ++i) {
+                for (int i = 0; i < shares * parts; ++i) {
                     const int s = i / parts;
-                    const Cut& cut = cuts[c * shared + s];
+                    const Cut& cut = cuts[c * shares + s];
                     for (int p = i % parts; p < cut.parts(); p += parts)
-                        run.conv(shared_memory + s * floats, c, active[whole + s], cut.unit0(p), cut.unit1(p),
-                                 cut.row0(p), cut.row1(p));
+                        run.conv(shared_memory + s * floats, c, shared[s], cut.unit0(p), cut.unit1(p), cut.row0(p),
+                                 cut.row1(p));
                 }
             }
         }
     }
 }
+
+template <class T>
+void residual_chain(std::vector<ResidualBlock>& blocks, const T* x, T* out) {
+    // Blocks that keep the shape work in place. The last run of equal shapes is `out` itself; those before it take turns
+    // in two buffers. x is never written.
+    const auto size = [](const ResidualBlock& block) {
+        int height = block.height, width = block.width;
+        for (const BlockConv& conv : block.convs)
+            height = ceil_div(height, conv.stride), width = ceil_div(width, conv.stride);
+        return std::size_t(block.samples) * height * width * block.convs.back().out_channels;
+    };
+    const auto keeps_shape = [](const ResidualBlock& block) {
+        bool strided = false;
+        for (const BlockConv& conv : block.convs) strided = strided || conv.stride != 1;
+        return !strided && block.channels == block.convs.back().out_channels;
+    };
+    std::size_t last = blocks.size() - 1, most = 0;
+    while (last > 0 && keeps_shape(blocks[last])) --last;
+    for (std::size_t b = 0; b < last; ++b) most = std::max(most, round_up(size(blocks[b]), kMapBlock<T>));
+    T* buffer = last > 0 ? elements<T>(scratch(Scratch::kMaps, 2 * most / kWord<T>)) : nullptr;
+    int turn = 0;
+    for (std::size_t b = 0; b < blocks.size(); ++b) {
+        blocks[b].x = b ? blocks[b - 1].out : x;
+        if (b >= last)
+            blocks[b].out = out;
+        else
+            blocks[b].out = b && keeps_shape(blocks[b]) ? blocks[b - 1].out : buffer + most * (turn++ % 2);
+    }
+    for (const ResidualBlock& block : blocks) residual_block<T>(block);
+}
+
+template void residual_block<float>(const ResidualBlock&);
+template void residual_block<bf16>(const ResidualBlock&);
+template void residual_chain(std::vector<ResidualBlock>&, const float*, float*);
+template void residual_chain(std::vector<ResidualBlock>&, const bf16*, bf16*);
 
 }  // namespace den

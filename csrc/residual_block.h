@@ -6,29 +6,39 @@
 namespace den {
 
 struct BlockConv {
-    const float* weight;  // packed (pack.h)
+    const void* weight;  // packed: T by pack.h, or float by winograd.h where winograd is set
     const float* scale;   // [levels, out_channels]
     const float* shift;   // [levels, out_channels]
     int out_channels, kernel, stride, groups;
+    int winograd;  // outputs a side of its tiles (3x3, stride 1, one group), or 0: direct
 };
 
 // out = shortcut(x) + conv_k(... relu(conv_1(h))), h = x or relu(pre_scale * x + pre_shift); each convolution is followed
 // by the scale and shift of the sample's level. Samples of width 0: out = shortcut(x), nothing else.
 struct ResidualBlock {
-    const float* x;  // NHWC
-    float* out;      // NHWC; may be x when the shapes agree
+    const void* x;  // T, NHWC
+    void* out;      // T, NHWC; may be x when the shapes agree
     int samples, channels, height, width;
     const int* level;   // [samples], below `levels`
     const int* order;   // [samples], a permutation
     const int* widths;  // [levels], ascending, at most the hidden channels; whole groups
     int levels;
     std::vector<BlockConv> convs;
+    // The shortcut as a 1x1 convolution of the block's stride, at every level, or (no weight) the one without parameters:
+    // average pooling and zero channels.
+    BlockConv projection;
     const float* pre_scale;  // [channels], or null
     const float* pre_shift;
     bool relu;
     int threads;
 };
 
+// T: float or bf16, the elements of maps and of weights packed for direct convolution.
+template <class T>
 void residual_block(const ResidualBlock& block);
+
+// Blocks one after the other, from x to out; their own x and out are set here. What is between them is scratch memory.
+template <class T>
+void residual_chain(std::vector<ResidualBlock>& blocks, const T* x, T* out);
 
 }  // namespace den

@@ -2,27 +2,43 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <new>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace den {
 
-float* scratch(std::size_t floats) {
+float* scratch(Scratch kind, std::size_t floats) {
     struct Free {
         void operator()(float* p) const { std::free(p); }
     };
-    thread_local std::unique_ptr<float, Free> memory;
-    thread_local std::size_t capacity = 0;
-    if (floats > capacity) {
-        memory.reset();  // before asking for more: the old contents are of no use
-        capacity = 0;
+    struct Memory {
+        std::unique_ptr<float, Free> floats;
+        std::size_t capacity = 0;
+    };
+    thread_local Memory kinds[3];
+    Memory& memory = kinds[int(kind)];
+    if (floats > memory.capacity) {
+        memory.floats.reset();  // before asking for more: the old contents are of no use
+        memory.capacity = 0;
         const std::size_t bytes = (floats * sizeof(float) + 4095) / 4096 * 4096;
         void* p = std::aligned_alloc(4096, bytes);
         if (!p) throw std::bad_alloc();
-        memory.reset(static_cast<float*>(p));
-        capacity = bytes / sizeof(float);
+        memory.floats.reset(static_cast<float*>(p));
+        memory.capacity = bytes / sizeof(float);
     }
-    return memory.get();
+    float* start = memory.floats.get();
+#ifdef __SANITIZE_ADDRESS__
+    // What is kept from an earlier call hides nothing: reading beyond the end fails, and reading the old contents gives NaN.
+    ASAN_UNPOISON_MEMORY_REGION(start, memory.capacity * sizeof(float));
+    std::fill_n(start, floats, std::numeric_limits<float>::quiet_NaN());
+    ASAN_POISON_MEMORY_REGION(start + floats, (memory.capacity - floats) * sizeof(float));
+#endif
+    return start;
 }
 
 int count_whole(const std::vector<double>& cost, int threads) {

@@ -20,9 +20,17 @@ inline int thread_index() {
 #endif
 }
 
-// At least `floats` floats, 64-byte aligned, owned by the calling thread until it asks again. Contents are undefined.
-// Throws std::bad_alloc.
-float* scratch(std::size_t floats);
+// At least `floats` floats, 64-byte aligned, owned by the calling thread until it asks for the same kind again: the work of
+// one operation, the maps between several, or transposed weights handed to one. Contents are undefined. Throws
+// std::bad_alloc.
+enum class Scratch { kWork, kMaps, kTransposed };
+float* scratch(Scratch kind, std::size_t floats);
+
+// Scratch memory is counted in floats, whatever lies in it.
+template <class T>
+T* elements(float* memory) {
+    return reinterpret_cast<T*>(memory);
+}
 
 // Given the cost of each sample, dearest first: how many of them run whole, one thread each. The others, too few to
 // keep all threads busy, are then run by all threads together. Only time depends on the answer, no result.

@@ -1,19 +1,30 @@
-// The vector type of the instruction set that this translation unit is compiled for, behind six operations.
+// The vector types of the instruction set that this translation unit is compiled for, behind a few operations: lanes of
+// floats, which also load and store bf16, and how a word of x (kernels.h) is multiplied into them.
 //
 // Everything is in an anonymous namespace: the same header is compiled with several flags into one library, and an
 // inline function shared between them could be linked in its AVX-512 form into the portable path.
 #pragma once
 
-#if defined(DEN_ISA_AVX512) || defined(DEN_ISA_AVX2)
+#include "kernels.h"
+
+#if defined(DEN_ISA_AVX512) || defined(DEN_ISA_AVX512_BF16)
+#define DEN_512
+#endif
+#if defined(DEN_512) || defined(DEN_ISA_AVX2)
 #include <immintrin.h>
 #endif
 
 namespace {
 
-#if defined(DEN_ISA_AVX512)
+using den::bf16;
+
+constexpr std::uint32_t kUpper = 0xffff0000u;  // the half of a float that bf16 keeps
+
+#if defined(DEN_512)
 
 struct Vec16 {
     using Reg = __m512;
+    using Words = __m512i;
     static constexpr int lanes = 16;
     static Reg zero() { return _mm512_setzero_ps(); }
     static Reg load(const float* p) { return _mm512_loadu_ps(p); }
@@ -21,15 +32,48 @@ struct Vec16 {
     static Reg broadcast(const float* p) { return _mm512_set1_ps(*p); }
     static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
     static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
+    static Reg sub(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
     // max(low, a). maxps returns its second operand when one is NaN, so a NaN survives as it does in torch.relu.
     static Reg at_least(Reg low, Reg a) { return _mm512_max_ps(low, a); }
+
+    static Words words(const void* p) { return _mm512_loadu_si512(p); }
+    static Words broadcast_word(const void* p) {
+        std::int32_t word;
+        __builtin_memcpy(&word, p, sizeof word);
+        return _mm512_set1_epi32(word);
+    }
+    static Reg lower(Words a) { return _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)); }
+    static Reg upper(Words a) { return _mm512_castsi512_ps(_mm512_and_si512(a, _mm512_set1_epi32(int(kUpper)))); }
+    static Reg load(const bf16* p) {
+        return lower(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+    }
+    // Rounds to nearest even; a NaN stays one.
+    static void store(bf16* p, Reg a) {
+#if defined(DEN_ISA_AVX512_BF16)
+        const __m256i half = (__m256i)_mm512_cvtneps_pbh(a);
+#else
+        const __m512i bits = _mm512_castps_si512(a);
+        const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff)));
+        const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+        const __m512i kept = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+        const __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
+#endif
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+    }
+
+    // a where y is above 0 or not a number, else 0.
+    static Reg where_positive(Reg y, Reg a) {
+        return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, _mm512_setzero_ps(), _CMP_NLE_UQ), a);
+    }
 };
 
 #endif
-#if defined(DEN_ISA_AVX512) || defined(DEN_ISA_AVX2)
+#if defined(DEN_512) || defined(DEN_ISA_AVX2)
 
 struct Vec8 {
     using Reg = __m256;
+    using Words = __m256i;
     static constexpr int lanes = 8;
     static Reg zero() { return _mm256_setzero_ps(); }
     static Reg load(const float* p) { return _mm256_loadu_ps(p); }
@@ -37,7 +81,38 @@ struct Vec8 {
     static Reg broadcast(const float* p) { return _mm256_broadcast_ss(p); }
     static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
     static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
+    static Reg sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
     static Reg at_least(Reg low, Reg a) { return _mm256_max_ps(low, a); }
+
+    static Words words(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+    static Words broadcast_word(const void* p) {
+        std::int32_t word;
+        __builtin_memcpy(&word, p, sizeof word);
+        return _mm256_set1_epi32(word);
+    }
+    static Reg lower(Words a) { return _mm256_castsi256_ps(_mm256_slli_epi32(a, 16)); }
+    static Reg upper(Words a) { return _mm256_castsi256_ps(_mm256_and_si256(a, _mm256_set1_epi32(int(kUpper)))); }
+    static Reg load(const bf16* p) {
+        return lower(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    }
+    static void store(bf16* p, Reg a) {
+#if defined(DEN_ISA_AVX512_BF16)
+        const __m128i half = (__m128i)_mm256_cvtneps_pbh(a);
+#else
+        const __m256i bits = _mm256_castps_si256(a);
+        const __m256i even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(even, _mm256_set1_epi32(0x7fff)));
+        const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+        const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+        const __m256i kept = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+        const __m128i half = _mm_packus_epi32(_mm256_castsi256_si128(kept), _mm256_extracti128_si256(kept, 1));
+#endif
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
+    }
+
+    static Reg where_positive(Reg y, Reg a) {
+        return _mm256_and_ps(_mm256_cmp_ps(y, _mm256_setzero_ps(), _CMP_NLE_UQ), a);
+    }
 };
 
 #else
@@ -45,6 +120,7 @@ struct Vec8 {
 // GCC and Clang vector extensions: SSE2 on x86-64, NEON on aarch64, scalar code elsewhere.
 struct Vec4 {
     typedef float Reg __attribute__((vector_size(16)));
+    typedef std::uint32_t Words __attribute__((vector_size(16)));
     static constexpr int lanes = 4;
     static Reg zero() { return Reg{0, 0, 0, 0}; }
     static Reg load(const float* p) {
@@ -56,11 +132,91 @@ struct Vec4 {
     static Reg broadcast(const float* p) { return Reg{*p, *p, *p, *p}; }
     static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
     static Reg add(Reg a, Reg b) { return a + b; }
+    static Reg sub(Reg a, Reg b) { return a - b; }
     static Reg at_least(Reg low, Reg a) {
-        typedef int Mask __attribute__((vector_size(16)));
-        const Mask below = (Mask)(a < low);  // false for NaN, which is kept
-        return (Reg)(((Mask)a & ~below) | ((Mask)low & below));
+        const Words below = (Words)(a < low);  // false for NaN, which is kept
+        return (Reg)(((Words)a & ~below) | ((Words)low & below));
     }
+
+    static Words words(const void* p) {
+        Words a;
+        __builtin_memcpy(&a, p, sizeof a);
+        return a;
+    }
+    static Words broadcast_word(const void* p) {
+        std::uint32_t word;
+        __builtin_memcpy(&word, p, sizeof word);
+        return Words{word, word, word, word};
+    }
+    // The first of a pair lies in the lower half of a little-endian word.
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    static Reg lower(Words a) { return (Reg)(a << 16); }
+    static Reg upper(Words a) { return (Reg)(a & kUpper); }
+#else
+    static Reg lower(Words a) { return (Reg)(a & kUpper); }
+    static Reg upper(Words a) { return (Reg)(a << 16); }
+#endif
+    static Reg load(const bf16* p) { return (Reg)(Words{p[0].bits, p[1].bits, p[2].bits, p[3].bits} << 16); }
+    static void store(bf16* p, Reg a) {
+        const Words bits = (Words)a, nan = (Words)(a != a);
+        const Words rounded = bits + ((bits >> 16) & 1) + 0x7fff;
+        const Words kept = ((rounded & ~nan) | ((bits | 0x400000) & nan)) >> 16;
+        for (int i = 0; i < lanes; ++i) p[i].bits = std::uint16_t(kept[i]);
+    }
+    static Reg where_positive(Reg y, Reg a) {
+        typedef int Mask __attribute__((vector_size(16)));
+        return (Reg)((Mask)a & ~(Mask)(y <= zero()));
+    }
+};
+
+#endif
+
+// How a tile multiplies a word of x by a vector of weight words, in `steps` multiply-adds.
+template <class V, class T>
+struct Product;
+
+template <class V>
+struct Product<V, float> {
+    using Reg = typename V::Reg;
+    static constexpr int steps = 1;
+    static Reg weights(const float* p, int) { return V::load(p); }
+    static Reg broadcast(const float* p, int) { return V::broadcast(p); }
+    static Reg fma(Reg x, Reg k, Reg sum) { return V::fma(x, k, sum); }
+};
+
+#if defined(DEN_ISA_AVX512_BF16)
+
+template <>
+struct Product<Vec16, bf16> {
+    using Reg = Vec16::Words;
+    static constexpr int steps = 1;
+    static Reg weights(const bf16* p, int) { return Vec16::words(p); }
+    static Reg broadcast(const bf16* p, int) { return Vec16::broadcast_word(p); }
+    static __m512 fma(Reg x, Reg k, __m512 sum) { return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)k); }
+};
+
+template <>
+struct Product<Vec8, bf16> {
+    using Reg = Vec8::Words;
+    static constexpr int steps = 1;
+    static Reg weights(const bf16* p, int) { return Vec8::words(p); }
+    static Reg broadcast(const bf16* p, int) { return Vec8::broadcast_word(p); }
+    static __m256 fma(Reg x, Reg k, __m256 sum) { return _mm256_dpbf16_ps(sum, (__m256bh)x, (__m256bh)k); }
+};
+
+#else
+
+// Without pair instructions: the first elements of the pairs, then the second ones, widened to floats.
+template <class V>
+struct Product<V, bf16> {
+    using Reg = typename V::Reg;
+    static constexpr int steps = 2;
+    static Reg weights(const bf16* p, int step) { return widen(V::words(p), step); }
+    static Reg broadcast(const bf16* p, int step) { return widen(V::broadcast_word(p), step); }
+    static Reg fma(Reg x, Reg k, Reg sum) { return V::fma(x, k, sum); }
+
+private:
+    static Reg widen(typename V::Words a, int step) { return step == 0 ? V::lower(a) : V::upper(a); }
 };
 
 #endif

@@ -77,7 +77,7 @@ class Stem(nn.Module):
     def forward(self, x: Tensor, stride: int, set_index: int = 0) -> Tensor:
         """x [N, C, H, W] at an entry stride -> the trunk, [N, out_channels, H', W']."""
         x = F.conv2d(x, self.conv.weight, None, stride * self.stride, self.conv.padding)
-        x = x if self.norm is None else F.relu(self.norm(x, set_index=set_index))
+        x = x if self.norm is None else self.norm(x, set_index=set_index, relu=True)
         return stem_pool(x, self.pool)
 
     def macs(self, height: int, width: int, stride: int) -> tuple[int, tuple[int, int]]:
@@ -114,7 +114,7 @@ class PoolTail(Tail):
 
     def forward(self, x: Tensor, set_index: int = 0) -> Tensor:
         if self.norm is not None:
-            x = F.relu(self.norm(x, set_index=set_index))
+            x = self.norm(x, set_index=set_index, relu=True)
         return x.mean((2, 3))
 
 

@@ -1,4 +1,4 @@
-"""The inference form of a DEN: norms folded, weights packed, a whole block one operator call.
+"""The inference form of a DEN: norms folded, weights packed, residual blocks chained in one operator call.
 
 A new kind of block, tail or selector joins by registering with `freeze_block`, `freeze_tail` or `freeze_selector`.
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
+from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -17,13 +19,13 @@ from torch.nn import functional as F
 
 import den_kernels as dk
 from den.blocks.base import Block
-from den.blocks.forms import fold, freeze_block, register_conv, register_folded, tables
+from den.blocks.forms import FreezeOptions, fold, freeze_block, register_conv, register_folded, tables
 from den.estimator import HiddenTail, PoolTail, Stem, Tail, stem_pool, stem_stride
 from den.model import DEN, DENOutput, LevelLike, check_images, check_level, check_task
 from den.selector import Selector, SelectorBlock, mask_levels, shrink
 
 
-def freeze(model: DEN, dtype: torch.dtype | None = None, backend: str = "auto") -> FrozenDEN:
+def freeze(model: DEN, dtype: torch.dtype | None = None, backend: str = "auto", *, winograd: bool = True) -> FrozenDEN:
     """The inference form of a model, on the model's device, with copies of its weights.
 
     Batch norms, with their running statistics whatever mode the model is in, become a scale and shift by level;
@@ -34,6 +36,8 @@ def freeze(model: DEN, dtype: torch.dtype | None = None, backend: str = "auto") 
         model: a DEN.
         dtype: of weights and activations; None: the model's, in which the norms are folded too.
         backend: of `den_kernels`; "auto" takes the fastest on this machine.
+        winograd: let the CPU kernels compute 3x3 convolutions of stride 1 by Winograd's algorithm: faster, with a
+            largest error near 1e-5 of the largest value in place of 1e-6 (float32).
 
     Returns: a module called like the model, with the same `DENOutput` (logits in `dtype`).
 
@@ -46,15 +50,16 @@ def freeze(model: DEN, dtype: torch.dtype | None = None, backend: str = "auto") 
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype is {dtype!r}; it must be a floating-point dtype such as torch.bfloat16")
     with torch.no_grad():
-        return FrozenDEN(model, dtype or next(model.estimator.parameters()).dtype, backend)
+        dtype = dtype or next(model.estimator.parameters()).dtype
+        return FrozenDEN(model, FreezeOptions(dtype, winograd, backend))
 
 
 class FrozenDEN(nn.Module):
     """Made by `freeze`; see there. For inference alone, on the device that it was made for."""
 
-    def __init__(self, model: DEN, dtype: torch.dtype, backend: str):
+    def __init__(self, model: DEN, options: FreezeOptions):
         super().__init__()
-        estimator = model.estimator
+        estimator, dtype = model.estimator, options.dtype
         self.tasks, self.config = dict(model.tasks), dict(model.config)
         self.num_blocks, self.num_levels = model.num_blocks, model.num_levels
         self.in_channels, self.base_size = estimator.in_channels, estimator.base_size
@@ -62,13 +67,11 @@ class FrozenDEN(nn.Module):
         self.set_index = dict(estimator.set_index)
         self.stem = None if estimator.stem is None else FrozenStem(estimator.stem, dtype)
         blocks = cast("list[Block]", list(estimator.blocks))
-        self.blocks = nn.ModuleList(freeze_block(block, dtype, backend) for block in blocks)
-        # The trunk behind the stem is ours to overwrite; a first block without a stem reads the caller's images.
-        self.inplace = [keeps_shape(block) for block in self.blocks]
-        self.inplace[0] = self.inplace[0] and self.stem is not None
+        self.blocks = nn.ModuleList(freeze_block(block, options) for block in blocks)
+        self.trunk = Trunk(self.blocks)
         self.tail = freeze_tail(cast(Tail, estimator.tail), dtype)
         self.heads = copy.deepcopy(estimator.heads).to(dtype).requires_grad_(False)
-        self.selector = freeze_selector(model.selector, dtype, backend)
+        self.selector = freeze_selector(model.selector, options)
         # The architecture without its weights, for cost tables; in __dict__ so that it is no part of this module.
         self.__dict__["source"] = _without_weights(model)
         self.eval()
@@ -103,20 +106,33 @@ class FrozenDEN(nn.Module):
         stride = stem_stride(x.shape[2], x.shape[3], self.base_size)
         h = x if self.stem is None else self.stem(x, stride, set_index)
         entry = stride if self.stem is None else 1
-        steps = zip(self.blocks, self.inplace, *(part.unbind(0) for part in plan), strict=True)
-        for block, inplace, level_N, order_N, count_L in steps:
-            if entry > 1:
-                h, entry = block(h, level_N, order_N, count_L, set_index, entry_stride=entry), 1
-            else:
-                h = block(h, level_N, order_N, count_L, set_index, inplace=inplace)
+        h = self.trunk(h, plan, set_index, entry)
         return DENOutput(self.heads[task](self.tail(h, set_index)), level_NB, level_probs)
 
 
-def keeps_shape(block: nn.Module) -> bool:
-    """Whether an inference block can run in place."""
-    if not isinstance(block, dk.FusedResidualBlock):
-        return False
-    return block.in_channels == block.out_channels and all(stride == 1 for stride in block.strides)
+class Trunk:
+    """The blocks of a frozen network in their order: neighbouring fused blocks as one chain, any other by itself."""
+
+    def __init__(self, blocks: Iterable[nn.Module]):
+        self.steps: list[tuple[int, dk.FusedChain | nn.Module]] = []  # the first block of each
+        groups = itertools.groupby(enumerate(blocks), lambda item: isinstance(item[1], dk.FusedResidualBlock))
+        for fused, group in groups:
+            members = list(group)
+            if fused:
+                chain = dk.FusedChain([cast(dk.FusedResidualBlock, block) for _, block in members])
+                self.steps.append((members[0][0], chain))
+            else:
+                self.steps += members
+
+    def __call__(self, h: Tensor, plan: dk.LevelPlan, set_index: int, entry_stride: int = 1) -> Tensor:
+        """h [N, C, H, W], never overwritten. entry_stride: of the first block, where a network has no stem."""
+        for first, step in self.steps:
+            if isinstance(step, dk.FusedChain):
+                h = step(h, dk.LevelPlan(*(part[first : first + len(step.blocks)] for part in plan)), set_index)
+            else:
+                h = step(h, *plan.block(first), set_index, entry_stride)
+            entry_stride = 1
+        return h
 
 
 def batch_norm_fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -188,9 +204,9 @@ def _(tail: HiddenTail, dtype: torch.dtype) -> nn.Module:
 
 
 @functools.singledispatch
-def freeze_selector(selector: nn.Module, dtype: torch.dtype, backend: str) -> nn.Module:
+def freeze_selector(selector: nn.Module, options: FreezeOptions) -> nn.Module:
     """The inference form of a selector, images -> logits [N, B, L]; a module of the caller's is copied as it is."""
-    return copy.deepcopy(selector).to(dtype).eval().requires_grad_(False)
+    return copy.deepcopy(selector).to(options.dtype).eval().requires_grad_(False)
 
 
 class FrozenSelector(nn.Module):
@@ -198,13 +214,14 @@ class FrozenSelector(nn.Module):
 
     level_mask: Tensor | None
 
-    def __init__(self, selector: Selector, dtype: torch.dtype, backend: str):
+    def __init__(self, selector: Selector, options: FreezeOptions):
         super().__init__()
+        dtype = options.dtype
         self.spec, self.num_blocks = selector.spec, selector.num_blocks
         self.conv = register_conv(self, "", *batch_norm_fold(selector.conv, selector.norm), dtype)
         blocks = cast("list[SelectorBlock]", list(selector.blocks))
-        self.blocks = nn.ModuleList(_freeze_selector_block(block, dtype, backend) for block in blocks)
-        self.inplace = [keeps_shape(block) for block in self.blocks]
+        self.blocks = nn.ModuleList(_freeze_selector_block(block, options) for block in blocks)
+        self.trunk = Trunk(self.blocks)
         self.head = copy.deepcopy(selector.head).to(dtype).requires_grad_(False)
         self.register_buffer("level_mask", None if selector.level_mask is None else selector.level_mask.clone())
 
@@ -214,30 +231,31 @@ class FrozenSelector(nn.Module):
         weight, bias = self.conv
         h = F.conv2d(x, weight, bias, stride, 1).relu_()
         n = h.shape[0]
-        level_N = torch.zeros(n, dtype=torch.int32, device=h.device)
-        order_N = torch.arange(n, dtype=torch.int32, device=h.device)
-        count_L = torch.full((1,), n, dtype=torch.int32, device=h.device)
-        for block, inplace in zip(self.blocks, self.inplace, strict=True):
-            h = block(h, level_N, order_N, count_L, 0, inplace)
+        blocks = len(self.blocks)
+        level_BN = torch.zeros(blocks, n, dtype=torch.int32, device=h.device)
+        order_BN = torch.arange(n, dtype=torch.int32, device=h.device).repeat(blocks, 1)
+        count_BL = torch.full((blocks, 1), n, dtype=torch.int32, device=h.device)
+        h = self.trunk(h, dk.LevelPlan(level_BN, order_BN, count_BL), 0)
         return mask_levels(self.head(h.mean((2, 3))), self.num_blocks, self.level_mask)
 
 
-def _freeze_selector_block(block: SelectorBlock, dtype: torch.dtype, backend: str) -> dk.FusedResidualBlock:
+def _freeze_selector_block(block: SelectorBlock, options: FreezeOptions) -> dk.FusedResidualBlock:
     rows = [_batch_norm_tables(norm) for norm in (block.norm1, block.norm2)]
     return dk.FusedResidualBlock(
-        [block.conv1.weight.to(dtype), block.conv2.weight.to(dtype)],
+        [block.conv1.weight.to(options.dtype), block.conv2.weight.to(options.dtype)],
         [scale[None, None] for scale, _ in rows],
         [shift[None, None] for _, shift in rows],
         [block.out_channels],
         strides=[block.stride, 1],
         relu=True,
-        backend=backend,
+        winograd=options.winograd,
+        backend=options.backend,
     )
 
 
 @freeze_selector.register
-def _(selector: Selector, dtype: torch.dtype, backend: str) -> nn.Module:
-    return FrozenSelector(selector, dtype, backend)
+def _(selector: Selector, options: FreezeOptions) -> nn.Module:
+    return FrozenSelector(selector, options)
 
 
 def _without_weights(model: DEN) -> DEN:

@@ -7,7 +7,7 @@
 from den_kernels import reference
 from den_kernels.backends import available_backends
 from den_kernels.functional import den_conv2d, plan_levels
-from den_kernels.fused import FusedResidualBlock
+from den_kernels.fused import FusedChain, FusedResidualBlock
 from den_kernels.modules import DENBatchNorm2d, DENConv2d, DENLinear
 from den_kernels.plan import LevelPlan
 
@@ -17,6 +17,7 @@ __all__ = [
     "DENBatchNorm2d",
     "DENConv2d",
     "DENLinear",
+    "FusedChain",
     "FusedResidualBlock",
     "LevelPlan",
     "available_backends",

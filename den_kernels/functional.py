@@ -30,6 +30,7 @@ def den_conv2d(
     dilation: IntPair = 1,
     groups: int = 1,
     backend: str = "auto",
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Convolution in which every sample runs its own number of channels.
 
@@ -44,6 +45,8 @@ def den_conv2d(
         in_width, out_width: integer [N] on x's device, in [0, C] and [0, O]; None is full. With groups, whole groups.
         stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`.
         backend: "auto", or one of `available_backends()`.
+        residual: [N, O, H', W'], added to the result; a sample whose `in_width` is 0 is its residual, bit for bit. Only
+            without bias and out_width.
 
     Returns: [N, O, H', W'], laid out as x is. With both widths None it is `F.conv2d`.
 
@@ -67,11 +70,35 @@ def den_conv2d(
     _check_width("in_width", in_width, x)
     _check_width("out_width", out_width, x)
     _check_backend(backend)
+    if residual is not None:
+        return _conv2d_add(
+            x, weight, bias, residual, in_width, out_width, (stride_, padding_, dilation_, groups, backend)
+        )
     if in_width is None and out_width is None:
         return torch.nn.functional.conv2d(x, weight, bias, stride_, padding_, dilation_, groups)
     return torch.ops.den_kernels.conv2d(
         x, weight, bias, in_width, out_width, stride_, padding_, dilation_, groups, backend
     )
+
+
+def _conv2d_add(x, weight, bias, residual, in_width, out_width, geometry) -> Tensor:
+    if bias is not None or out_width is not None:
+        raise ValueError("residual is given with bias or out_width; it stands behind a convolution without either")
+    _check_tensor("residual", residual)
+    stride, padding, dilation, *_ = geometry
+    shape = [x.shape[0], weight.shape[0]]
+    for d in (0, 1):
+        reach = dilation[d] * (weight.shape[2 + d] - 1) + 1
+        shape.append((x.shape[2 + d] + 2 * padding[d] - reach) // stride[d] + 1)
+    if list(residual.shape) != shape:
+        raise ValueError(f"residual has shape {tuple(residual.shape)}; it must be {tuple(shape)}, as the result")
+    if residual.device != x.device:
+        raise ValueError(f"residual is on {residual.device}, but x is on {x.device}; they must be together")
+    if residual.dtype == x.dtype:
+        return torch.ops.den_kernels.conv2d_add(x, weight, residual, in_width, *geometry)
+    # Under autocast: the sum of a residual in float32 and a convolution in less is in float32.
+    y = residual + torch.ops.den_kernels.conv2d(x, weight, None, in_width, None, *geometry)
+    return y if in_width is None else torch.where((in_width > 0).view(-1, 1, 1, 1), y, residual)
 
 
 def plan_levels(level: Tensor, num_levels: int) -> LevelPlan:

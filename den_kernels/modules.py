@@ -174,8 +174,13 @@ class DENConv2d(_Elastic, nn.Conv2d):
             return super().forward(x)
         return self.forward_widths(x, *self._widths(level, x))
 
-    def forward_widths(self, x: Tensor, in_width: Tensor | None, out_width: Tensor | None) -> Tensor:
-        """The same with the widths themselves, integer [N] or None, for callers that already hold them."""
+    def forward_widths(
+        self, x: Tensor, in_width: Tensor | None, out_width: Tensor | None, residual: Tensor | None = None
+    ) -> Tensor:
+        """The same with the widths themselves, integer [N] or None, for callers that already hold them.
+
+        residual: added to the result, see `den_conv2d`.
+        """
         padding = self.padding
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
@@ -194,6 +199,7 @@ class DENConv2d(_Elastic, nn.Conv2d):
             dilation=self.dilation,
             groups=self.groups,
             backend=self.backend,
+            residual=residual,
         )
 
 
@@ -257,6 +263,7 @@ class DENBatchNorm2d(nn.Module):
         num_sets: int = 1,
         device=None,
         dtype=None,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         for name, value in (
@@ -267,7 +274,7 @@ class DENBatchNorm2d(nn.Module):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be a positive integer")
         self.num_features, self.num_levels, self.num_sets = num_features, num_levels, num_sets
-        self.eps, self.momentum, self.affine = eps, momentum, affine
+        self.eps, self.momentum, self.affine, self.backend = eps, momentum, affine, backend
         rows = num_sets * num_levels
         shape = (rows, num_features)
         if affine:
@@ -290,68 +297,52 @@ class DENBatchNorm2d(nn.Module):
         return scale, (shift + self.bias[rows] if self.affine else shift)
 
     def forward(
-        self, x: Tensor, level: Tensor | None = None, width: Tensor | None = None, set_index: int = 0
+        self,
+        x: Tensor,
+        level: Tensor | None = None,
+        width: Tensor | None = None,
+        set_index: int = 0,
+        *,
+        relu: bool = False,
     ) -> Tensor:
         """Normalise x [N, C, H, W].
 
         level: integer [N], the row of each sample (None: the top one). width: integer [N]; channels at and beyond
         `width[n]` of sample n take no part in the statistics and come out 0, so width 0 leaves the sample out (None:
-        all).
+        all). relu: whether a ReLU follows, at no further cost.
         """
         if x.dim() != 4 or x.shape[1] != self.num_features:
             raise ValueError(f"x has shape {tuple(x.shape)}; it must be [N, {self.num_features}, H, W]")
         if not 0 <= set_index < self.num_sets:
             raise ValueError(f"set_index is {set_index}; it must be between 0 and {self.num_sets - 1}")
-        taken_NC = None
-        if width is not None:
-            taken_NC = torch.arange(self.num_features, device=x.device) < width.view(-1, 1)
         row_N = None
         if self.num_levels > 1:
             if level is None:
                 level = torch.full((x.shape[0],), self.num_levels - 1, device=x.device)
             row_N = _level_tensor(level, x, self.num_levels)
         if self.training:
-            scale_LC, shift_LC = self._batch_scale_shift(x, row_N, taken_NC, set_index)
-        else:
-            scale_LC, shift_LC = self.scale_shift(set_index)
-        scale_NC, shift_NC = (_of_samples(table, row_N, taken_NC) for table in (scale_LC, shift_LC))
-        return torch.addcmul(shift_NC.to(x.dtype)[:, :, None, None], x, scale_NC.to(x.dtype)[:, :, None, None])
+            return self._normalise_batch(x, row_N, width, set_index, relu)
+        taken_NC = None
+        if width is not None:
+            taken_NC = torch.arange(self.num_features, device=x.device) < width.view(-1, 1)
+        scale_NC, shift_NC = (_of_samples(table, row_N, taken_NC) for table in self.scale_shift(set_index))
+        y = torch.addcmul(shift_NC.to(x.dtype)[:, :, None, None], x, scale_NC.to(x.dtype)[:, :, None, None])
+        return F.relu(y) if relu else y
+
+    def _normalise_batch(
+        self, x: Tensor, row_N: Tensor | None, width_N: Tensor | None, set_index: int, relu: bool
+    ) -> Tensor:
+        """By this batch's statistics, which also move the running ones."""
+        rows = self._rows(set_index)
+        weight, bias = (self.weight[rows], self.bias[rows]) if self.affine else (None, None)
+        y, mean_LC, var_LC, count_LC = torch.ops.den_kernels.batch_norm(
+            x, row_N, width_N, weight, bias, self.num_levels, self.eps, relu, self.backend
+        )
+        self._track(mean_LC, var_LC, count_LC, x.shape[2] * x.shape[3], rows)
+        return y
 
     def _rows(self, set_index: int) -> slice:
         return slice(set_index * self.num_levels, (set_index + 1) * self.num_levels)
-
-    def _batch_scale_shift(
-        self, x: Tensor, row_N: Tensor | None, taken_NC: Tensor | None, set_index: int
-    ) -> tuple[Tensor, Tensor]:
-        """Scale and shift [L, C] from this batch's statistics, which also move the running ones."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        x = x.to(dtype)
-        pixels = x.shape[2] * x.shape[3]
-        if row_N is None:
-            share_LN = torch.ones((1, x.shape[0]), dtype=dtype, device=x.device)
-        else:
-            levels_L1 = torch.arange(self.num_levels, device=x.device).view(-1, 1)
-            share_LN = (levels_L1 == row_N).to(dtype)
-        if taken_NC is None:
-            count_LC = share_LN.sum(1, keepdim=True).expand(-1, self.num_features)
-        else:
-            count_LC = share_LN @ taken_NC.to(dtype)
-
-        # Sums, not torch.var_mean, which takes a hundred times as long on a channels_last map on a CPU.
-        def mean(values: Tensor) -> Tensor:
-            sum_NC = values.sum((2, 3))
-            sum_NC = sum_NC if taken_NC is None else torch.where(taken_NC, sum_NC, 0)
-            return (share_LN @ sum_NC) / (count_LC * pixels).clamp(min=1)
-
-        mean_LC = mean(x)
-        var_LC = mean((x - _of_samples(mean_LC, row_N)[:, :, None, None]).square())
-        self._track(mean_LC.detach(), var_LC.detach(), count_LC, pixels, self._rows(set_index))
-
-        scale_LC = torch.rsqrt(var_LC + self.eps)
-        if self.affine:
-            scale_LC = scale_LC * self.weight[self._rows(set_index)]
-        shift_LC = -mean_LC * scale_LC
-        return scale_LC, (shift_LC + self.bias[self._rows(set_index)] if self.affine else shift_LC)
 
     @torch.no_grad()
     def _track(self, mean_LC: Tensor, var_LC: Tensor, count_LC: Tensor, pixels: int, rows: slice) -> None:

@@ -4,7 +4,7 @@ registers.
 The operators are opaque to torch.compile and torch.export: which backend runs, and what the levels are, is decided
 inside. Arguments arrive checked by `functional.py`.
 
-N samples, C channels, H W space, L levels, B blocks.
+N samples, C channels, H W space, L levels, B blocks, R rows of statistics.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from den_kernels.backends import batch_norm as plain_batch_norm
 from den_kernels.backends import resolve
+from den_kernels.block import BlockArguments, chain_output, output_shape, unflatten
 from den_kernels.plan import order_and_count
 
 _LIBRARY = torch.library.Library("den_kernels", "DEF")
@@ -26,14 +28,37 @@ _LIBRARY.define(
     f"conv2d_backward(Tensor grad, Tensor x, Tensor weight, {_CONV}, bool[3] output_mask, str backend)"
     " -> (Tensor, Tensor, Tensor)"
 )
+
+# residual + conv2d for the samples that read any channel; the others are their residual, bit for bit.
+_LIBRARY.define(
+    "conv2d_add(Tensor x, Tensor weight, Tensor residual, Tensor? in_width, SymInt[2] stride, SymInt[2] padding, "
+    "SymInt[2] dilation, SymInt groups, str backend) -> Tensor"
+)
+
+# y: x normalised by the statistics of the samples that ran each channel (channels below `width`), row by row, through
+# weight and bias [R, C] and a ReLU if wanted; 0 elsewhere. mean, var (biased), count (of samples): [R, C].
+_NORM = "Tensor? row, Tensor? width, Tensor? weight, Tensor? bias"
+_LIBRARY.define(
+    f"batch_norm(Tensor x, {_NORM}, int rows, float eps, bool relu, str backend)"
+    " -> (Tensor y, Tensor mean, Tensor var, Tensor count)"
+)
+_LIBRARY.define(
+    f"batch_norm_backward(Tensor grad, Tensor x, {_NORM}, Tensor mean, Tensor var, Tensor count, float eps, bool relu, "
+    "str backend) -> (Tensor, Tensor, Tensor)"
+)
 _LIBRARY.define("plan(Tensor level, int num_levels) -> (Tensor, Tensor)")
 
 _BLOCK = (
     "Tensor level, Tensor order, Tensor count, Tensor widths, Tensor[] weight, Tensor[] scale, Tensor[] shift, "
-    "Tensor? pre_scale, Tensor? pre_shift, int[] kernel_size, int[] stride, int[] groups, bool relu, str backend"
+    "Tensor? pre_scale, Tensor? pre_shift, int[] kernel_size, int[] stride, int[] groups, "
+    "Tensor[] projection, bool relu, str backend"
 )
 _LIBRARY.define(f"residual_block(Tensor x, {_BLOCK}) -> Tensor")
 _LIBRARY.define(f"residual_block_(Tensor(a!) x, {_BLOCK}) -> ()")
+_LIBRARY.define(
+    "residual_chain(Tensor x, Tensor level, Tensor order, Tensor count, Tensor[] tensors, int[] spec, str backend)"
+    " -> Tensor"
+)
 
 
 def _layout(x: Tensor) -> torch.memory_format:
@@ -103,6 +128,87 @@ def _autograd(ctx, grad):
     return dx, dw, db, None, None, None, None, None, None, None
 
 
+# The primitive on top of a residual
+
+
+def _conv2d_add(x, weight, residual, in_width, stride, padding, dilation, groups, backend) -> Tensor:
+    if x.shape[0] == 0:
+        return torch.empty_like(residual, memory_format=_layout(x))
+    module = resolve(backend, x.device, x.dtype)
+    if hasattr(module, "conv2d_add"):
+        y = module.conv2d_add(x, weight, residual, in_width, stride, padding, dilation, groups)
+    else:
+        y = residual + module.conv2d(x, weight, None, in_width, None, stride, padding, dilation, groups)
+        if in_width is not None:
+            y = torch.where((in_width > 0).view(-1, 1, 1, 1), y, residual)
+    return y.contiguous(memory_format=_layout(x))
+
+
+def _conv2d_add_fake(x, weight, residual, in_width, stride, padding, dilation, groups, backend) -> Tensor:
+    return torch.empty_like(residual, memory_format=_layout(x))
+
+
+def _add_setup_context(ctx, inputs, output) -> None:
+    x, weight, _, in_width, *ctx.geometry, ctx.backend = inputs
+    ctx.save_for_backward(x, weight, in_width)
+
+
+def _add_autograd(ctx, grad):
+    x, weight, in_width = ctx.saved_tensors
+    dx = dweight = None
+    if any(ctx.needs_input_grad[:2]):
+        mask = [*ctx.needs_input_grad[:2], False]
+        grads = torch.ops.den_kernels.conv2d_backward(grad, x, weight, in_width, None, *ctx.geometry, mask, ctx.backend)
+        dx, dweight = (g if wanted else None for g, wanted in zip(grads[:2], mask[:2], strict=True))
+    return dx, dweight, grad if ctx.needs_input_grad[2] else None, None, None, None, None, None, None
+
+
+# Batch norm
+
+
+def _norm_backend(name: str, x: Tensor):
+    """The backend's own batch norm where it has one, else the plain one."""
+    backend = resolve(name, x.device, x.dtype)
+    return backend if hasattr(backend, "batch_norm") else plain_batch_norm
+
+
+def _batch_norm(x, row, width, weight, bias, rows, eps, relu, backend):
+    y, *statistics = _norm_backend(backend, x).batch_norm(x, row, width, weight, bias, rows, eps, relu)
+    return y.contiguous(memory_format=_layout(x)), *statistics
+
+
+def _batch_norm_fake(x, row, width, weight, bias, rows, eps, relu, backend):
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    tables = (x.new_empty((rows, x.shape[1]), dtype=dtype) for _ in range(3))
+    return torch.empty_like(x, memory_format=_layout(x)), *tables
+
+
+def _batch_norm_backward(grad, x, row, width, weight, bias, mean, var, count, eps, relu, backend):
+    run = _norm_backend(backend, x).batch_norm_backward
+    dx, *rest = run(grad, x, row, width, weight, bias, mean, var, count, eps, relu)
+    return dx.contiguous(memory_format=_layout(x)), *rest
+
+
+def _batch_norm_backward_fake(grad, x, row, width, weight, bias, mean, var, count, eps, relu, backend):
+    return torch.empty_like(x, memory_format=_layout(x)), torch.empty_like(mean), torch.empty_like(mean)
+
+
+def _norm_setup_context(ctx, inputs, output) -> None:
+    x, row, width, weight, bias, _, ctx.eps, ctx.relu, ctx.backend = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(x, row, width, weight, bias, *output[1:])
+
+
+def _norm_autograd(ctx, grad, *_):
+    x, row, width, weight, bias, *statistics = ctx.saved_tensors
+    dx, dweight, dbias = torch.ops.den_kernels.batch_norm_backward(
+        grad, x, row, width, weight, bias, *statistics, ctx.eps, ctx.relu, ctx.backend
+    )
+    dweight = None if weight is None else dweight.to(weight.dtype)
+    dbias = None if bias is None else dbias.to(bias.dtype)
+    return dx, None, None, dweight, dbias, None, None, None, None
+
+
 # The plan
 
 
@@ -118,14 +224,9 @@ def _plan_fake(level, num_levels):
 # The fused residual block
 
 
-def _block_output_shape(x: Tensor, scale: list[Tensor], stride: list[int]) -> list[int]:
-    step = math.prod(stride)
-    return [x.shape[0], scale[-1].shape[1], (x.shape[2] + step - 1) // step, (x.shape[3] + step - 1) // step]
-
-
 def _residual_block(x, level, order, count, widths, weight, scale, shift, *rest) -> Tensor:
     *block, backend = rest
-    shape = _block_output_shape(x, scale, block[3])
+    shape = output_shape(x.shape, scale[-1].shape[1], block[3])
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if x.shape[0]:
         run = resolve(backend, x.device, x.dtype).residual_block
@@ -134,7 +235,7 @@ def _residual_block(x, level, order, count, widths, weight, scale, shift, *rest)
 
 
 def _residual_block_fake(x, level, order, count, widths, weight, scale, shift, *rest) -> Tensor:
-    shape = _block_output_shape(x, scale, rest[3])
+    shape = output_shape(x.shape, scale[-1].shape[1], rest[3])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
@@ -149,16 +250,36 @@ def _residual_block_in_place_fake(x, *args) -> None:
     return None
 
 
+def _residual_chain(x, level, order, count, tensors, spec, backend) -> Tensor:
+    out = chain_output(x, spec)
+    if x.shape[0]:
+        resolve(backend, x.device, x.dtype).residual_chain(x, out, level, order, count, tensors, spec)
+    return out
+
+
+def _residual_chain_fake(x, level, order, count, tensors, spec, backend) -> Tensor:
+    return chain_output(x, spec)
+
+
 for _name, _run, _fake in (
     ("conv2d", _conv2d, _conv2d_fake),
     ("conv2d_backward", _conv2d_backward, _conv2d_backward_fake),
+    ("conv2d_add", _conv2d_add, _conv2d_add_fake),
+    ("batch_norm", _batch_norm, _batch_norm_fake),
+    ("batch_norm_backward", _batch_norm_backward, _batch_norm_backward_fake),
     ("plan", _plan, _plan_fake),
     ("residual_block", _residual_block, _residual_block_fake),
     ("residual_block_", _residual_block_in_place, _residual_block_in_place_fake),
+    ("residual_chain", _residual_chain, _residual_chain_fake),
 ):
     _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"den_kernels::{_name}", _fake, lib=_LIBRARY)
-torch.library.register_autograd("den_kernels::conv2d", _autograd, setup_context=_setup_context, lib=_LIBRARY)
+for _name, _gradient, _context in (
+    ("conv2d", _autograd, _setup_context),
+    ("conv2d_add", _add_autograd, _add_setup_context),
+    ("batch_norm", _norm_autograd, _norm_setup_context),
+):
+    torch.library.register_autograd(f"den_kernels::{_name}", _gradient, setup_context=_context, lib=_LIBRARY)
 
 
 # FLOPs: multiply-adds x 2 of the channels that the samples ran (all of them where the widths hold no values, as in
@@ -189,6 +310,11 @@ def _conv2d_flop(x, weight, bias, in_width, out_width, stride, padding, dilation
     return 2 * _macs(x, weight, in_width, out_width, stride, padding, dilation, groups)
 
 
+@register_flop_formula(torch.ops.den_kernels.conv2d_add, get_raw=True)
+def _conv2d_add_flop(x, weight, residual, in_width, stride, padding, dilation, groups, backend, **_) -> int:
+    return 2 * _macs(x, weight, in_width, None, stride, padding, dilation, groups)
+
+
 @register_flop_formula(torch.ops.den_kernels.conv2d_backward, get_raw=True)
 def _conv2d_backward_flop(
     grad, x, weight, in_width, out_width, stride, padding, dilation, groups, output_mask, backend, **_
@@ -197,20 +323,34 @@ def _conv2d_backward_flop(
 
 
 @register_flop_formula([torch.ops.den_kernels.residual_block, torch.ops.den_kernels.residual_block_], get_raw=True)
-def _residual_block_flop(x, level, order, count, widths, weight, scale, shift, *rest, **_) -> int:
-    kernel_size, stride, groups = rest[2:5]
-    known = type(level) is Tensor and type(widths) is Tensor
-    width = widths.cpu()[level.cpu().long()].long() if known else torch.full((x.shape[0],), scale[0].shape[1])
-    channels, height, columns = x.shape[1:]
-    total = 0
-    for i, outputs in enumerate(s.shape[1] for s in scale):
-        height, columns = -(-height // stride[i]), -(-columns // stride[i])
+def _residual_block_flop(x, level, order, count, *rest, **_) -> int:
+    return _block_flop(x.shape, level, BlockArguments(*rest[:-1]))
+
+
+@register_flop_formula(torch.ops.den_kernels.residual_chain, get_raw=True)
+def _residual_chain_flop(x, level, order, count, tensors, spec, backend, **_) -> int:
+    total, shape = 0, x.shape
+    for level_N, block in zip(level, unflatten(tensors, spec), strict=True):
+        total += _block_flop(shape, level_N, block)
+        shape = output_shape(shape, block.scale[-1].shape[1], block.stride)
+    return total
+
+
+def _block_flop(shape, level: Tensor, block: BlockArguments) -> int:
+    n, channels, height, columns = shape
+    known = type(level) is Tensor and type(block.widths) is Tensor
+    width = block.widths.cpu()[level.cpu().long()].long() if known else torch.full((n,), block.scale[0].shape[1])
+    total, inputs = 0, channels
+    for i, outputs in enumerate(s.shape[1] for s in block.scale):
+        height, columns = -(-height // block.stride[i]), -(-columns // block.stride[i])
         read = torch.where(width > 0, channels, 0) if i == 0 else width
-        write = width if i + 1 < len(scale) else torch.where(width > 0, outputs, 0)
-        pairs = read * write
-        if groups[i] > 1:  # whole groups, each of which multiplies its own inputs alone
-            group_in, group_out = channels // groups[i], outputs // groups[i]
+        write = width if i + 1 < len(block.scale) else torch.where(width > 0, outputs, 0)
+        pairs, groups = read * write, block.groups[i]
+        if groups > 1:  # whole groups, each of which multiplies its own inputs alone
+            group_in, group_out = inputs // groups, outputs // groups
             pairs = torch.minimum(read // group_in, write // group_out) * group_in * group_out
-        total += int(pairs.sum()) * kernel_size[i] ** 2 * height * columns
-        channels = outputs
+        total += int(pairs.sum()) * block.kernel_size[i] ** 2 * height * columns
+        inputs = outputs
+    if block.projection:
+        total += n * channels * block.scale[-1].shape[1] * height * columns
     return 2 * total

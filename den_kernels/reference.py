@@ -110,6 +110,7 @@ def residual_block(
     pre_shift: Tensor | None = None,
     stride: Sequence[int] = (1, 1),
     groups: Sequence[int] = (1, 1),
+    projection: Sequence[Tensor] = (),
     relu: bool = False,
 ) -> Tensor:
     """Inference of a residual block, each sample at its own level.
@@ -117,7 +118,8 @@ def residual_block(
     x [N, C, H, W]; level integer [N]; widths: the hidden width of each level, ascending; weight[i]: convolution i,
     [O_i, I_i / groups[i], k, k] with k odd, padded by k // 2; scale[i], shift[i]: [L, O_i], the folded norm behind it,
     a row a level; pre_scale, pre_shift: [C], the norm and ReLU before it (pre-activation). A ReLU follows every norm
-    but the last.
+    but the last. projection: the shortcut as a 1x1 convolution of the block's stride: its weight [O, C, 1, 1], and its
+    folded norm's scale and shift [L, O]; nothing: the parameter-free `shortcut`.
 
     A sample whose width is 0 gets the shortcut and nothing else: no norm, no ReLU.
     """
@@ -127,7 +129,12 @@ def residual_block(
         row = int(level[n])
         width = int(widths[row])
         x_n = x[n : n + 1]
-        out = shortcut(x_n, scale[last].shape[1], math.prod(stride))
+        if projection:
+            kernel, scale_LC, shift_LC = projection
+            out = F.conv2d(x_n, kernel, None, math.prod(stride))
+            out = (out * scale_LC[row].view(1, -1, 1, 1) + shift_LC[row].view(1, -1, 1, 1)).to(x.dtype)
+        else:
+            out = shortcut(x_n, scale[last].shape[1], math.prod(stride))
         if width == 0:
             samples.append(out)
             continue

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 import den
 import den_kernels as dk
 from den.blocks import freeze_block, shortcut
+from den.blocks.bottleneck import FrozenProjectionBlock
+from den.blocks.forms import FreezeOptions
 
 BACKENDS = [name for name in dk.available_backends() if name != "triton"]
 
@@ -92,19 +94,32 @@ def test_batch_mates_change_nothing(make):
 
 @pytest.mark.parametrize("make", [resnext, bottleneck])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_level_0_of_a_bottleneck_is_bitwise_the_shortcut(make, backend):
+def test_level_0_of_a_bottleneck_is_the_shortcut(make, backend):
     for block in make().requires_grad_(False).estimator.blocks:
         plan = dk.plan_levels(torch.tensor([[0], [3], [0], [1]]), 4).block(0)
         x = torch.randn(4, block.in_channels, 7, 7).contiguous(memory_format=torch.channels_last)
-        frozen = freeze_block(block, torch.float32, backend)
-        y = frozen(x, *plan, 0)
+        y = freeze_block(block, FreezeOptions(torch.float32, True, backend))(x, *plan, 0)
         if block.projection is None:
             wanted = shortcut(x, block.stride, block.out_channels)
+            assert torch.equal(y[[0, 2]], wanted[[0, 2]])
         else:
-            wanted = F.conv2d(x, *frozen.projection[0], block.stride)
-            close(wanted, block.projection(x))
-        assert torch.equal(y[[0, 2]], wanted[[0, 2]])
+            wanted = block.projection(x)
+            close(y[[0, 2]], wanted[[0, 2]])
+            assert (y[[0, 2]] < 0).any(), "a ReLU ran"
         assert not torch.equal(y[[1, 3]], wanted[[1, 3]])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_projection_operator_by_operator(backend):
+    """The form for backends whose fused operator has parameter-free shortcuts only."""
+    for block in list(bottleneck(TWO_TASKS, task_norm="per_task").requires_grad_(False).estimator.blocks)[:2]:
+        frozen = FrozenProjectionBlock(block, block.projection, FreezeOptions(torch.float32, True, backend))
+        x = torch.randn(5, block.in_channels, 7, 7).contiguous(memory_format=torch.channels_last)
+        level = torch.tensor([0, 3, 0, 1, 2])
+        for set_index in (0, 1):
+            y = frozen(x, *dk.plan_levels(level[:, None], 4).block(0), set_index)
+            close(y, block(x, level, set_index))
+            assert torch.equal(y[[0, 2]], F.conv2d(x, *frozen.projection[set_index], block.stride)[[0, 2]])
 
 
 def test_frozen_is_a_copy_in_evaluation_mode():

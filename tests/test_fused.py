@@ -34,6 +34,7 @@ def blocks(draw) -> dict:
         "widths": widths,
         "level": draw(st.lists(st.integers(0, len(widths) - 1), min_size=n, max_size=n)),
         "preactivation": draw(st.booleans()),
+        "projection": draw(st.booleans()),
         "sets": draw(st.integers(1, 2)),
         "seed": draw(st.integers(0, 2**16)),
     }
@@ -56,6 +57,10 @@ def build(case: dict, backend: str) -> tuple[torch.Tensor, dk.FusedResidualBlock
         scale.append(normal(case["sets"], levels, sizes[i + 1]))
         shift.append(normal(case["sets"], levels, sizes[i + 1]))
     pre = [normal(case["sets"], channels) if case["preactivation"] else None for _ in range(2)]
+    projection = ()
+    if case.get("projection"):
+        kernel = normal(outputs, channels, 1, 1) / channels**0.5
+        projection = kernel, normal(case["sets"], levels, outputs), normal(case["sets"], levels, outputs)
     x = normal(*case["shape"])
 
     def single(values):
@@ -70,6 +75,7 @@ def build(case: dict, backend: str) -> tuple[torch.Tensor, dk.FusedResidualBlock
         groups=case["groups"],
         pre_scale=single(pre)[0],
         pre_shift=single(pre)[1],
+        projection=tuple(single(projection)) or None,
         relu=not case["preactivation"],
         backend=backend,
     )
@@ -82,6 +88,7 @@ def build(case: dict, backend: str) -> tuple[torch.Tensor, dk.FusedResidualBlock
         "pre_shift": None if pre[1] is None else pre[1][-1],
         "stride": case["strides"],
         "groups": case["groups"],
+        "projection": [projection[0], projection[1][-1], projection[2][-1]] if projection else [],
         "relu": not case["preactivation"],
     }
     return x, block, arguments
@@ -105,6 +112,8 @@ def test_block_equals_reference(backend: str, case: dict) -> None:
     error = (y.double() - expected).abs().max()
     assert error <= 3e-5 * max(1, float(expected.abs().max())), f"error {error:.3g}"
     skipped = torch.tensor(case["widths"])[level] == 0
+    if case["projection"]:
+        return
     shortcut = dk.reference.shortcut(x.float(), case["outputs"], max(case["strides"]))
     if max(case["strides"]) == 1:
         assert torch.equal(y[skipped], shortcut[skipped]), "a sample of width 0 is not bitwise its shortcut"
@@ -176,6 +185,7 @@ T1, T2 = torch.zeros(1, 2, 8), torch.zeros(1, 2, 4)
         ({"scales": [T1, T1]}, r"scales\[1\] has shape"),
         ({"strides": (1,)}, "strides has 1 entries"),
         ({"pre_scale": torch.zeros(1, 4)}, "go together"),
+        ({"projection": (W1[:4], T2, T2)}, "projection has shapes"),
     ],
     ids=str,
 )

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import den_kernels as dk
+from den_kernels.block import BlockArguments, flatten
 
 OPS = torch.ops.den_kernels
 CPU_BACKENDS = [name for name in dk.available_backends() if name != "triton"]
@@ -30,7 +31,7 @@ def block_args(backend: str) -> tuple:
     weights = [torch.randn(16, 16, 3, 3, generator=g) / 12 for _ in range(2)]
     tables = [torch.rand(1, 4, 16, generator=g) for _ in range(4)]
     block = dk.FusedResidualBlock(weights, tables[:2], tables[2:], (0, 4, 8, 16), strides=(1, 1), backend=backend)
-    return x, level, order[0], count[0], *block._set_arguments(0)
+    return x, level, order[0], count[0], *block.arguments(), backend
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
@@ -52,6 +53,13 @@ def test_opcheck_conv2d_backward(backend: str) -> None:
 def test_opcheck_residual_block(backend: str) -> None:
     torch.library.opcheck(OPS.residual_block.default, block_args(backend))
     torch.library.opcheck(OPS.residual_block_.default, block_args(backend))
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_opcheck_residual_chain(backend: str) -> None:
+    x, level, order, count, *block, backend = block_args(backend)
+    plan = (torch.stack([rows, rows]) for rows in (level, order, count))
+    torch.library.opcheck(OPS.residual_chain.default, (x, *plan, *flatten([BlockArguments(*block)] * 2), backend))
 
 
 def test_opcheck_plan() -> None:

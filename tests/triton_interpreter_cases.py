@@ -181,6 +181,7 @@ class _Block:
             self.kernels,
             self.strides,
             self.groups,
+            [],
             self.relu,
         )
         return out

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import den_kernels as dk
 from den.blocks.base import Block, conv_out, shortcut
 from den.blocks.forms import (
+    FreezeOptions,
     FrozenNorm,
     PlainShortcut,
     fold,
@@ -25,6 +26,7 @@ from den.blocks.forms import (
     tables,
 )
 from den.hierarchy import Hierarchy
+from den_kernels.backends import resolve
 
 
 class Projection(nn.Module):
@@ -105,9 +107,9 @@ class BottleneckBlock(Block):
         else:
             y = self.projection(x, set_index)
         h = self.conv1.forward_widths(x, None, hidden_N)
-        h = F.relu(self.norm1(h, width=hidden_N, set_index=set_index))
+        h = self.norm1(h, width=hidden_N, set_index=set_index, relu=True)
         h = self.conv2.forward_widths(h, hidden_N, hidden_N)
-        h = F.relu(self.norm2(h, width=hidden_N, set_index=set_index))
+        h = self.norm2(h, width=hidden_N, set_index=set_index, relu=True)
         h = self.conv3.forward_widths(h, hidden_N, None)
         out_N = ran_N * self.out_channels if skipped else None
         z = F.relu(y + self.norm3(h, level_N, width=out_N, set_index=set_index))
@@ -131,14 +133,15 @@ class BottleneckBlock(Block):
 
 
 class FrozenProjectionBlock(nn.Module):
-    """A `BottleneckBlock` with a projection: operator by operator, for the fused one has parameter-free shortcuts."""
+    """A `BottleneckBlock` with a projection: operator by operator, where the fused one has parameter-free shortcuts."""
 
     level_width: Tensor
     weight: Tensor
 
-    def __init__(self, block: BottleneckBlock, projection: Projection, dtype: torch.dtype, backend: str):
+    def __init__(self, block: BottleneckBlock, projection: Projection, options: FreezeOptions):
         super().__init__()
-        self.stride, self.groups, self.backend = block.stride, block.groups, backend
+        dtype = options.dtype
+        self.stride, self.groups, self.backend = block.stride, block.groups, options.backend
         self.skipped = block.widths[0] == 0
         self.projection = register_folded(self, "projection", projection.conv.weight, projection.norm, dtype)
         self.conv1 = register_folded(self, "1_", block.conv1.weight, block.norm1, dtype)
@@ -148,7 +151,7 @@ class FrozenProjectionBlock(nn.Module):
         self.register_buffer("level_width", block.level_width.clone())
 
     def forward(
-        self, x: Tensor, level_N: Tensor, order_N: Tensor, count_L: Tensor, set_index: int, inplace: bool = False
+        self, x: Tensor, level_N: Tensor, order_N: Tensor, count_L: Tensor, set_index: int, entry_stride: int = 1
     ) -> Tensor:
         """x [N, C, H, W], never overwritten -> [N, out_channels, ceil(H / stride), ceil(W / stride)]."""
         width_N = self.level_width.index_select(0, level_N)
@@ -162,19 +165,25 @@ class FrozenProjectionBlock(nn.Module):
 
 
 @freeze_block.register
-def _(block: BottleneckBlock, dtype: torch.dtype, backend: str) -> nn.Module:
+def _(block: BottleneckBlock, options: FreezeOptions) -> nn.Module:
+    levels, shortcut_path = block.hierarchy.num_levels, None
     if block.projection is not None:
-        return FrozenProjectionBlock(block, block.projection, dtype, backend)
-    norms = [tables(norm, block.hierarchy.num_levels) for norm in (block.norm1, block.norm2, block.norm3)]
+        weight = block.projection.conv.weight
+        if resolve(options.backend, weight.device, options.dtype).NAME == "triton":
+            return FrozenProjectionBlock(block, block.projection, options)
+        shortcut_path = weight.to(options.dtype), *tables(block.projection.norm, levels)
+    norms = [tables(norm, levels) for norm in (block.norm1, block.norm2, block.norm3)]
     return dk.FusedResidualBlock(
-        [conv.weight.to(dtype) for conv in (block.conv1, block.conv2, block.conv3)],
+        [conv.weight.to(options.dtype) for conv in (block.conv1, block.conv2, block.conv3)],
         [scale for scale, _ in norms],
         [shift for _, shift in norms],
         block.widths,
         strides=[1, block.stride, 1],
         groups=[1, block.groups, 1],
+        projection=shortcut_path,
         relu=True,
-        backend=backend,
+        winograd=options.winograd,
+        backend=options.backend,
     )
 
 

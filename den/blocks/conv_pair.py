@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import functools
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import den_kernels as dk
 from den.blocks.base import Block, check_has_channels, conv_out
 from den.blocks.forms import (
+    FreezeOptions,
     FrozenNorm,
     fold,
     freeze_block,
@@ -74,9 +74,9 @@ class ConvPairBlock(Block):
         """
         hidden_N = self.width(level_N)
         h = expand(self.conv1, x, hidden_N, entry_stride)
-        h = F.relu(self.norm1(h, width=hidden_N, set_index=set_index))
+        h = self.norm1(h, width=hidden_N, set_index=set_index, relu=True)
         h = self.conv2.forward_widths(pool(h, self.pools[0]), hidden_N, None)
-        h = F.relu(self.norm2(h, level_N, set_index=set_index))
+        h = self.norm2(h, level_N, set_index=set_index, relu=True)
         return pool(h, self.pools[1])
 
     def macs(self, height: int, width: int, entry_stride: int = 1) -> tuple[tuple[int, ...], tuple[int, int]]:
@@ -107,9 +107,10 @@ class FrozenConvPair(nn.Module):
     level_width: Tensor
     weight: Tensor
 
-    def __init__(self, block: ConvPairBlock, dtype: torch.dtype, backend: str):
+    def __init__(self, block: ConvPairBlock, options: FreezeOptions):
         super().__init__()
-        self.pools, self.backend = block.pools, backend
+        dtype = options.dtype
+        self.pools, self.backend = block.pools, options.backend
         self.convs = register_folded(self, "", block.conv1.weight, block.norm1, dtype)
         register_conv(self, "", block.conv2.weight.detach(), None, dtype)
         self.norm = FrozenNorm(block.norm2, block.hierarchy.num_levels, dtype)
@@ -122,7 +123,6 @@ class FrozenConvPair(nn.Module):
         order_N: Tensor,
         count_L: Tensor,
         set_index: int,
-        inplace: bool = False,
         entry_stride: int = 1,
     ) -> Tensor:
         """x [N, C, H, W], never overwritten -> [N, out_channels, H', W']; see `ConvPairBlock`."""
@@ -134,8 +134,8 @@ class FrozenConvPair(nn.Module):
 
 
 @freeze_block.register
-def _(block: ConvPairBlock, dtype: torch.dtype, backend: str) -> nn.Module:
-    return FrozenConvPair(block, dtype, backend)
+def _(block: ConvPairBlock, options: FreezeOptions) -> nn.Module:
+    return FrozenConvPair(block, options)
 
 
 class PlainConvPair(nn.Module):

@@ -9,6 +9,7 @@ Suffixes: N samples, C channels, H W space, L levels, T sets of batch-norm stati
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -66,9 +67,17 @@ class FrozenNorm(nn.Module):
         return torch.addcmul(shift_NC, x, scale_NC)
 
 
+class FreezeOptions(NamedTuple):
+    """What `den.freeze` was asked for; see there."""
+
+    dtype: torch.dtype
+    winograd: bool
+    backend: str
+
+
 @functools.singledispatch
-def freeze_block(block: nn.Module, dtype: torch.dtype, backend: str) -> nn.Module:
-    """The inference form of a block: forward(x, level_N, order_N, count_L, set_index, inplace=False) -> map."""
+def freeze_block(block: nn.Module, options: FreezeOptions) -> nn.Module:
+    """The inference form of a block: forward(x, level_N, order_N, count_L, set_index, entry_stride) -> map."""
     raise TypeError(
         f"cannot freeze a block of type {type(block).__name__}; register its form with den.blocks.freeze_block"
     )

@@ -5,13 +5,12 @@ Suffixes: N samples, C channels, H W space.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import den_kernels as dk
 from den.blocks.base import Block, check_has_channels, check_map
-from den.blocks.forms import freeze_block, plain_block, register_conv
+from den.blocks.forms import FreezeOptions, freeze_block, plain_block, register_conv
 from den.hierarchy import Hierarchy
 
 
@@ -70,17 +69,17 @@ class FrozenLinearPair(nn.Module):
 
     level_width: Tensor
 
-    def __init__(self, block: LinearPairBlock, dtype: torch.dtype, backend: str):
+    def __init__(self, block: LinearPairBlock, options: FreezeOptions):
         super().__init__()
-        self.map_shape, self.backend = (block.in_channels, *block.size), backend
+        self.map_shape, self.backend = (block.in_channels, *block.size), options.backend
         self.layers = [
-            register_conv(self, name, layer.weight.detach()[:, :, None, None], layer.bias.detach(), dtype)
+            register_conv(self, name, layer.weight.detach()[:, :, None, None], layer.bias.detach(), options.dtype)
             for name, layer in (("1", block.linear1), ("2", block.linear2))
         ]
         self.register_buffer("level_width", block.level_width.clone())
 
     def forward(
-        self, x: Tensor, level_N: Tensor, order_N: Tensor, count_L: Tensor, set_index: int, inplace: bool = False
+        self, x: Tensor, level_N: Tensor, order_N: Tensor, count_L: Tensor, set_index: int, entry_stride: int = 1
     ) -> Tensor:
         """x [N, C, *size], never overwritten -> [N, out_features, 1, 1]."""
         check_map(x, self.map_shape)
@@ -91,8 +90,8 @@ class FrozenLinearPair(nn.Module):
 
 
 @freeze_block.register
-def _(block: LinearPairBlock, dtype: torch.dtype, backend: str) -> nn.Module:
-    return FrozenLinearPair(block, dtype, backend)
+def _(block: LinearPairBlock, options: FreezeOptions) -> nn.Module:
+    return FrozenLinearPair(block, options)
 
 
 class PlainLinearPair(nn.Module):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import den_kernels as dk
 from den.blocks.base import Block, conv_out, shortcut
-from den.blocks.forms import PlainShortcut, fold, freeze_block, plain_block, plain_conv, tables
+from den.blocks.forms import FreezeOptions, PlainShortcut, fold, freeze_block, plain_block, plain_conv, tables
 from den.hierarchy import Hierarchy
 
 
@@ -78,16 +78,15 @@ class ResidualBlock(Block):
         y = shortcut(x, self.stride, self.out_channels)
         if self.preactivation:
             trunk_N = ran_N * self.in_channels if skipped else None
-            h = F.relu(self.norm1(x, width=trunk_N, set_index=set_index))
+            h = self.norm1(x, width=trunk_N, set_index=set_index, relu=True)
             h = self.conv1.forward_widths(h, None, hidden_N)
-            h = F.relu(self.norm2(h, width=hidden_N, set_index=set_index))
-            z = y + self.conv2.forward_widths(h, hidden_N, None)
-        else:
-            out_N = ran_N * self.out_channels if skipped else None
-            h = self.conv1.forward_widths(x, None, hidden_N)
-            h = F.relu(self.norm1(h, width=hidden_N, set_index=set_index))
-            h = self.conv2.forward_widths(h, hidden_N, None)
-            z = F.relu(y + self.norm2(h, level_N, width=out_N, set_index=set_index))
+            h = self.norm2(h, width=hidden_N, set_index=set_index, relu=True)
+            return self.conv2.forward_widths(h, hidden_N, None, residual=y)  # y itself at width 0
+        out_N = ran_N * self.out_channels if skipped else None
+        h = self.conv1.forward_widths(x, None, hidden_N)
+        h = self.norm1(h, width=hidden_N, set_index=set_index, relu=True)
+        h = self.conv2.forward_widths(h, hidden_N, None)
+        z = F.relu(y + self.norm2(h, level_N, width=out_N, set_index=set_index))
         return torch.where(ran_N[:, None, None, None], z, y) if skipped else z
 
     def macs(self, height: int, width: int) -> tuple[tuple[int, ...], tuple[int, int]]:
@@ -100,9 +99,9 @@ class ResidualBlock(Block):
 
 
 @freeze_block.register
-def _(block: ResidualBlock, dtype: torch.dtype, backend: str) -> nn.Module:
+def _(block: ResidualBlock, options: FreezeOptions) -> nn.Module:
     levels = block.hierarchy.num_levels
-    weights = [block.conv1.weight.to(dtype), block.conv2.weight.to(dtype)]
+    weights = [block.conv1.weight.to(options.dtype), block.conv2.weight.to(options.dtype)]
     if block.preactivation:
         pre = [table[:, 0] for table in tables(block.norm1)]
         hidden = tables(block.norm2, levels)
@@ -120,7 +119,8 @@ def _(block: ResidualBlock, dtype: torch.dtype, backend: str) -> nn.Module:
         pre_scale=pre[0] if pre else None,
         pre_shift=pre[1] if pre else None,
         relu=not block.preactivation,
-        backend=backend,
+        winograd=options.winograd,
+        backend=options.backend,
     )
 
 

@@ -5,7 +5,9 @@ A backend is a module with
     NAME                                what a caller names it by
     unavailable() -> str | None         None when usable on this machine, else the reason and the fix
     rejects(device, dtype) -> str|None  None when it takes such tensors, else why not
-    conv2d, conv2d_backward, pack_weight, residual_block        the work, on checked arguments
+    conv2d, conv2d_backward, residual_block, residual_chain     the work, on checked arguments
+    pack_weights                        weights as the blocks read them, for large batches and for small ones
+    FEW_TILES                           small: fewer tiles of 4 x 4 outputs than this
 
 Nothing heavy is imported until a backend is asked for.
 """

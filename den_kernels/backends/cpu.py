@@ -1,8 +1,9 @@
-"""The `cpu` backend: the C++ kernels of csrc/, for float32 on a CPU.
+"""The `cpu` backend: the C++ kernels of csrc/, for float32 and bfloat16 on a CPU.
 
-Forward of the elastic convolution, and the fused residual block for inference. Each sample runs its own width: nothing
-is gathered or sorted, and no primitive is built for a shape. The extension links no torch: tensors go in as addresses,
-so everything about them is checked before the call (shapes and dtypes in `functional.py`, values in `bindings.cpp`).
+The elastic convolution and batch norm, forward and backward, and fused residual blocks for inference; bfloat16 is
+summed in float32. Each sample runs its own width: nothing is gathered or sorted, and no primitive is built for a shape.
+The extension links no torch: tensors go in as addresses, so everything about them is checked before the call (shapes
+and dtypes in `functional.py`, values in `bindings.cpp`).
 
 Symbols: N samples, C channels, H W space, L levels.
 """
@@ -13,9 +14,14 @@ import functools
 import importlib
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch  # before the extension: torch brings the OpenMP library that both must share
 from torch import Tensor
+
+from den_kernels.backends import batch_norm as plain
+from den_kernels.backends import grouped
+from den_kernels.block import BlockArguments, flatten
 
 NAME = "cpu"
 
@@ -51,12 +57,16 @@ def _extension() -> ModuleType:
     return extension
 
 
+# By the names that the extension knows them by.
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
 def rejects(device: torch.device, dtype: torch.dtype) -> str | None:
     """None when the backend takes tensors of this device and dtype, else why it does not."""
     if device.type != "cpu":
         return f"backend 'cpu' takes CPU tensors, got device {device}"
-    if dtype != torch.float32:
-        return f"backend 'cpu' takes float32, got {dtype}"
+    if dtype not in _DTYPES:
+        return f"backend 'cpu' takes {' and '.join(_DTYPES.values())}, got {dtype}"
     return None
 
 
@@ -92,16 +102,26 @@ def conv2d(
     padding: Pair,
     dilation: Pair,
     groups: int,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """The elastic convolution, x [N, C, H, W] float32 -> [N, C_out, H_out, W_out]; channels_last if x is.
+    """The elastic convolution, x [N, C, H, W] -> [N, C_out, H_out, W_out] of its dtype; channels_last if x is.
 
-    Raises ValueError for a width out of range or, with groups, not of whole groups.
+    float32 or bfloat16, all tensors alike. residual: like the result, added to it; a sample of input width 0 is its
+    residual, bit for bit. Raises ValueError for a width out of range or, with groups, not of whole groups.
     """
     extension = _extension()
+    if x.dtype == torch.bfloat16 and groups > 1 and weight.shape[1] % 2:
+        # bfloat16 channels are multiplied in pairs, and here a pair would lie in two groups.
+        y = conv2d(
+            x.float(), weight.float(), None if bias is None else bias.float(),
+            in_width, out_width, stride, padding, dilation, groups, None if residual is None else residual.float(),
+        )  # fmt: skip
+        return y.to(x.dtype)
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     x_NHWC = x if channels_last else x.contiguous(memory_format=torch.channels_last)
     weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
+    residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
     in_width, out_width = _int32(in_width), _int32(out_width)
     N, C, H, W = x.shape
     C_out, _, *kernel = weight.shape
@@ -111,9 +131,11 @@ def conv2d(
     )
     out = torch.empty((N, C_out, H_out, W_out), dtype=x.dtype, memory_format=torch.channels_last)
     extension.conv2d(
+        _DTYPES[x.dtype],
         x_NHWC.data_ptr(),
         weight.data_ptr(),
         _address(bias),
+        _address(residual),
         out.data_ptr(),
         _address(in_width),
         _address(out_width),
@@ -122,6 +144,20 @@ def conv2d(
         torch.get_num_threads(),
     )
     return out if channels_last else out.contiguous()
+
+
+def conv2d_add(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    in_width: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> Tensor:
+    """residual + `conv2d`, in one pass."""
+    return conv2d(x, weight, None, in_width, None, stride, padding, dilation, groups, residual)
 
 
 def conv2d_backward(
@@ -136,88 +172,210 @@ def conv2d_backward(
     groups: int,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `conv2d`: those of the `grouped` backend."""
-    from . import grouped
+    """Gradients of x, weight and bias, where `output_mask` asks for them; what no sample ran is exactly 0.
 
-    return grouped.conv2d_backward(grad, x, weight, in_width, out_width, stride, padding, dilation, groups, output_mask)
+    The same bits whatever the number of threads. In bfloat16 they are those of the `grouped` backend. Raises ValueError
+    as `conv2d` does.
+    """
+    if x.dtype != torch.float32:
+        return grouped.conv2d_backward(
+            grad, x, weight, in_width, out_width, stride, padding, dilation, groups, output_mask
+        )
+    extension = _extension()
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
+    weight = weight.contiguous()
+    in_width, out_width = _int32(in_width), _int32(out_width)
+    N, C, H, W = x.shape
+    C_out, _, *kernel = weight.shape
+    dx = torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last) if output_mask[0] else None
+    dweight = torch.empty(weight.shape, dtype=x.dtype) if output_mask[1] else None
+    dbias = torch.empty((C_out,), dtype=x.dtype) if output_mask[2] else None
+    extension.conv2d_backward(
+        grad.data_ptr(),
+        x.data_ptr(),
+        weight.data_ptr(),
+        _address(dx),
+        _address(dweight),
+        _address(dbias),
+        _address(in_width),
+        _address(out_width),
+        (N, C, H, W, C_out, groups),
+        (*kernel, *stride, *padding, *dilation),
+        torch.get_num_threads(),
+    )
+    return dx if dx is None or channels_last else dx.contiguous(), dweight, dbias
 
 
-def pack_weight(weight: Tensor, groups: int) -> Tensor:
-    """Weights [C_out, C_in/groups, K, K] float32 as `residual_block` reads them: a flat tensor (csrc/pack.h)."""
+def batch_norm(
+    x: Tensor,
+    row: Tensor | None,
+    width: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rows: int,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y like x, and mean, biased variance and count of samples [R, C] of this batch; see `ops.py`.
+
+    Raises ValueError for a row or width out of range.
+    """
+    if not _native_norm(x, weight):
+        return plain.batch_norm(x, row, width, weight, bias, rows, eps, relu)
+    x_NHWC = x.contiguous(memory_format=torch.channels_last)
+    y = torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last)
+    mean, var, count = (torch.empty((rows, x.shape[1]), dtype=x.dtype) for _ in range(3))
+    norm = _Norm(x_NHWC, row, width, weight, bias, mean, var, count, eps, relu)
+    _extension().batch_norm(*norm.arguments, y.data_ptr())
+    return y, mean, var, count
+
+
+def batch_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    row: Tensor | None,
+    width: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx like x, dweight and dbias [R, C], of what `batch_norm` computed."""
+    if not _native_norm(x, weight):
+        return plain.batch_norm_backward(grad, x, row, width, weight, bias, mean, var, count, eps, relu)
+    grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
+    dx = torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last)
+    dweight, dbias = torch.empty(mean.shape, dtype=x.dtype), torch.empty(mean.shape, dtype=x.dtype)
+    norm = _Norm(x, row, width, weight, bias, mean, var, count, eps, relu)
+    _extension().batch_norm_backward(
+        *norm.arguments, grad.data_ptr(), dx.data_ptr(), dweight.data_ptr(), dbias.data_ptr()
+    )
+    return dx, dweight, dbias
+
+
+def _native_norm(x: Tensor, weight: Tensor | None) -> bool:
+    """Whether the extension's batch norm takes these dtypes."""
+    return x.dtype == torch.float32 and (weight is None or weight.dtype == torch.float32)
+
+
+class _Norm:
+    """The arguments that the extension's batch norm takes, and the tensors that must live while it runs."""
+
+    def __init__(self, x, row, width, weight, bias, mean, var, count, eps: float, relu: bool):
+        N, C, H, W = x.shape
+        self.tensors = (
+            *(x, _int32(row), _int32(width)),
+            *(None if t is None else t.contiguous() for t in (weight, bias, mean, var, count)),
+        )
+        sizes = (N, C, H * W, mean.shape[0])
+        self.arguments = ([_address(t) for t in self.tensors], sizes, eps, relu, torch.get_num_threads())
+
+
+# Fewer tiles than these leave the transformed weights, read once a call, as the larger traffic: F(2x2)'s are less than
+# half of F(4x4)'s, and both are only worth telling apart where they outgrow the cache.
+FEW_TILES = 16
+LARGE_WEIGHTS = 256 * 128
+
+
+def winograd_tile(weight: Tensor, stride: int, groups: int, few: bool) -> int:
+    """Outputs a side of the Winograd tiles that a convolution is computed with; 0: directly.
+
+    weight: [C_out, C_in, K, K]. few: whether the batch has fewer than `FEW_TILES` tiles of 4x4 outputs. Decided by
+    shape and batch size alone, so that a sample's result does not depend on its batch mates.
+    """
+    C_out, C_in, *kernel = weight.shape
+    if kernel != [3, 3] or stride != 1 or groups != 1 or min(C_out, C_in) < 8:
+        return 0
+    return 2 if few and C_out * C_in >= LARGE_WEIGHTS else 4
+
+
+def pack_weights(weight: Tensor, stride: int, groups: int, winograd: bool) -> tuple[Tensor, Tensor]:
+    """Weights as `residual_block` reads them, for batches of many and of few tiles; may be one tensor."""
+    tiles = [winograd_tile(weight, stride, groups, few) if winograd else 0 for few in (False, True)]
+    packed = {tile: pack_weight(weight, groups, tile) for tile in set(tiles)}
+    return packed[tiles[0]], packed[tiles[1]]
+
+
+def pack_weight(weight: Tensor, groups: int, winograd: int = 0) -> Tensor:
+    """Weights [C_out, C_in/groups, K, K] as `residual_block` reads them: a flat tensor.
+
+    winograd: 2 or 4 transforms them for tiles of that many outputs a side, in float32 (csrc/winograd.h); 0: as they
+    are, in their dtype (csrc/pack.h). The sizes differ, which is how `residual_block` knows.
+    """
     extension = _extension()
     weight = weight.detach().contiguous()
     C_out, group_in, *kernel = weight.shape
+    threads = torch.get_num_threads()
+    if winograd:
+        packed = torch.empty(extension.winograd_packed_floats(winograd, C_out, group_in), dtype=torch.float32)
+        weight = weight.float()
+        extension.winograd_pack(winograd, weight.data_ptr(), packed.data_ptr(), C_out, group_in, threads)
+        return packed
+    if weight.dtype == torch.bfloat16 and groups > 1 and group_in % 2:
+        raise ValueError(
+            f"weight has {group_in} input channels a group in bfloat16, which is multiplied in pairs of channels: "
+            "use float32, or backend='grouped'"
+        )
     taps = kernel[0] * kernel[1]
-    packed = torch.empty(extension.packed_floats(C_out, group_in, taps, groups), dtype=torch.float32)
-    extension.pack_weight(weight.data_ptr(), packed.data_ptr(), C_out, group_in, taps, groups, torch.get_num_threads())
+    shape = (C_out, group_in, taps, groups)
+    packed = torch.empty(extension.packed_elements(_DTYPES[weight.dtype], *shape), dtype=weight.dtype)
+    extension.pack_weight(_DTYPES[weight.dtype], weight.data_ptr(), packed.data_ptr(), *shape, threads)
     return packed
 
 
-def residual_block(
+def residual_block(x: Tensor, out: Tensor, level: Tensor, order: Tensor, count: Tensor, *block) -> None:
+    """One residual block for inference, written to `out`, which may be `x` itself when the shapes agree.
+
+    level, order [N]: int32, contiguous. For the rest see `residual_chain`.
+    """
+    residual_chain(x, out, level, order, count, *flatten([BlockArguments(*block)]))
+
+
+def residual_chain(
     x: Tensor,
     out: Tensor,
     level: Tensor,
     order: Tensor,
     count: Tensor,
-    widths: Tensor,
-    weight: Sequence[Tensor],
-    scale: Sequence[Tensor],
-    shift: Sequence[Tensor],
-    pre_scale: Tensor | None,
-    pre_shift: Tensor | None,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    groups: Sequence[int],
-    relu: bool,
+    tensors: Sequence[Tensor],
+    spec: Sequence[int],
 ) -> None:
-    """One residual block for inference, written to `out`, which may be `x` itself when the shapes agree.
+    """Residual blocks one after the other in one call; the maps between them are scratch memory of the extension.
 
-    x, out: float32, channels_last. level, order [N], widths [L]: int32, contiguous. weight: from `pack_weight`. scale,
-    shift: float32 [L, C] contiguous, one a convolution. Raises ValueError for a level, an order or widths out of range,
-    or packed weights of another shape.
+    x, out: float32 or bfloat16; out may be x when there is one block and the shapes agree. level, order: int32 [B, N]
+    (or [N] for one block), contiguous. tensors, spec: the blocks, from `den_kernels.block.flatten`, with weights
+    from `pack_weight`, scales and shifts float32, contiguous. Raises ValueError for a level, an order or widths out
+    of range, or packed weights of another shape.
     """
-    extension = _extension()
     N, C, H, W = x.shape
+    chain = _chain(_DTYPES[x.dtype], tuple(t.data_ptr() for t in tensors), tuple(spec))
     for name, value in (("level", level), ("order", order)):
-        if value.dtype != torch.int32 or value.numel() != N or not value.is_contiguous():
+        if value.dtype != torch.int32 or value.numel() != chain.blocks * N or not value.is_contiguous():
             raise ValueError(
                 f"{name} is {value.dtype} of shape {tuple(value.shape)}; it must be contiguous torch.int32 of shape "
-                f"({N},), one entry a sample: use plan_levels(...).block(b)"
+                f"({N},), one entry a sample, for each of {chain.blocks} blocks: use plan_levels(...)"
             )
-    hidden = scale[0].shape[1]
-    C_out = out.shape[1]
-    last = len(weight) - 1
-    c_in = C
-    for i, packed in enumerate(weight):
-        c_out = C_out if i == last else hidden
-        expected = extension.packed_floats(c_out, c_in // groups[i], kernel_size[i] ** 2, groups[i])
-        if packed.numel() != expected:
-            raise ValueError(
-                f"weight[{i}] must be packed by this backend's pack_weight for {c_in} -> {c_out} channels "
-                f"({expected} values), got {packed.numel()} values"
-            )
-        c_in = hidden
     if not x.is_contiguous(memory_format=torch.channels_last):
         x = x.contiguous(memory_format=torch.channels_last)
     channels_last = out.is_contiguous(memory_format=torch.channels_last)
     out_NHWC = out if channels_last else torch.empty_like(out, memory_format=torch.channels_last)
-    extension.residual_block(
+    chain.run(
         x.data_ptr(),
         out_NHWC.data_ptr(),
         level.data_ptr(),
         order.data_ptr(),
-        widths.data_ptr(),
-        [w.data_ptr() for w in weight],
-        [s.data_ptr() for s in scale],
-        [s.data_ptr() for s in shift],
-        _address(pre_scale),
-        _address(pre_shift),
-        (N, C, H, W, hidden, C_out, scale[0].shape[0]),
-        kernel_size,
-        stride,
-        groups,
-        relu,
+        (N, C, H, W),
         torch.get_num_threads(),
     )
     if not channels_last:
         out.copy_(out_NHWC)
+
+
+@functools.lru_cache(maxsize=256)
+def _chain(dtype: str, addresses: tuple[int, ...], spec: tuple[int, ...]) -> Any:
+    """The native form of a chain, which these numbers determine: it holds addresses, no values."""
+    return _extension().Chain(dtype, addresses, spec)

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from den_kernels import reference
 from den_kernels.backends.checks import check_widths
+from den_kernels.block import one_by_one
 
 NAME = "grouped"
+FEW_TILES = 0
 CHUNKS_PER_BATCH = 8
 
 
@@ -165,9 +167,9 @@ def conv2d_backward(
     return dx, dw, db
 
 
-def pack_weight(weight: Tensor, groups: int) -> Tensor:
-    """The weights as they are, [O, I, kh, kw]."""
-    return weight.contiguous()
+def pack_weights(weight: Tensor, stride: int, groups: int, winograd: bool) -> tuple[Tensor, Tensor]:
+    """The weights as they are, [O, I, kh, kw], for every batch."""
+    return weight.contiguous(), weight.contiguous()
 
 
 def residual_block(
@@ -185,6 +187,7 @@ def residual_block(
     kernel_size,
     stride,
     groups,
+    projection,
     relu,
 ) -> None:
     """The fused block's result from unfused parts: see `reference.residual_block`."""
@@ -211,7 +214,15 @@ def residual_block(
         h = h * scale[i][level][:, :, None, None] + shift[i][level][:, :, None, None]
         if i < last:
             h = F.relu(h).to(x.dtype)
-    residual = reference.shortcut(x, scale[last].shape[1], math.prod(stride))
+    if projection:
+        kernel, scale_LC, shift_LC = projection
+        residual = F.conv2d(x, kernel, None, math.prod(stride))
+        residual = (residual * scale_LC[level][:, :, None, None] + shift_LC[level][:, :, None, None]).to(x.dtype)
+    else:
+        residual = reference.shortcut(x, scale[last].shape[1], math.prod(stride))
     result = residual + h
     result = F.relu(result) if relu else result
     out.copy_(torch.where((width > 0).view(-1, 1, 1, 1), result, residual))
+
+
+residual_chain = one_by_one(residual_block)

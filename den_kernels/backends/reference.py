@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from den_kernels import reference
+from den_kernels.block import one_by_one
 
 NAME = "reference"
+FEW_TILES = 0
 
 
 def unavailable() -> str | None:
@@ -39,9 +41,9 @@ def conv2d_backward(
     return dx, dw, db
 
 
-def pack_weight(weight: Tensor, groups: int) -> Tensor:
-    """The weights as they are, [O, I, kh, kw]."""
-    return weight.contiguous()
+def pack_weights(weight: Tensor, stride: int, groups: int, winograd: bool) -> tuple[Tensor, Tensor]:
+    """The weights as they are, [O, I, kh, kw], for every batch."""
+    return weight.contiguous(), weight.contiguous()
 
 
 def residual_block(
@@ -59,6 +61,7 @@ def residual_block(
     kernel_size,
     stride,
     groups,
+    projection,
     relu,
 ) -> None:
     """`reference.residual_block` into `out`."""
@@ -73,6 +76,10 @@ def residual_block(
         pre_shift=pre_shift,
         stride=stride,
         groups=groups,
+        projection=projection,
         relu=relu,
     )
     out.copy_(result)
+
+
+residual_chain = one_by_one(residual_block)

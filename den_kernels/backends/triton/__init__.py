@@ -13,7 +13,10 @@ from collections.abc import Sequence
 
 import torch
 
+from den_kernels.block import one_by_one
+
 NAME = "triton"
+FEW_TILES = 0
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _OLDEST_TRITON = (3, 3)
 _OLDEST_CAPABILITY = (8, 0)
@@ -78,6 +81,12 @@ def pack_weight(weight_OIHW: torch.Tensor, groups: int) -> torch.Tensor:
     Input channels are innermost for all ``groups``: a tap of a filter is then one run of memory, as activations are.
     """
     return weight_OIHW.permute(0, 2, 3, 1).contiguous()
+
+
+def pack_weights(weight: torch.Tensor, stride: int, groups: int, winograd: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """`pack_weight`, for every batch."""
+    packed = pack_weight(weight, groups)
+    return packed, packed
 
 
 def conv2d(
@@ -148,6 +157,7 @@ def residual_block(
     kernel_size: Sequence[int],
     stride: Sequence[int],
     groups: Sequence[int],
+    projection: Sequence[torch.Tensor],
     relu: bool,
 ) -> None:
     """Write the fused block of ``x`` to ``out``, which may be ``x`` when the shapes agree.
@@ -156,10 +166,12 @@ def residual_block(
     the same as ``level`` with fewer dependent loads.
 
     Raises:
-        ValueError: ``x`` or ``out`` is not channels_last.
+        ValueError: ``x`` or ``out`` is not channels_last, or the shortcut is a projection, which these kernels lack.
     """
     from den_kernels.backends.triton import block, launch
 
+    if projection:
+        raise ValueError("projection is given; the triton backend's blocks have parameter-free shortcuts only")
     for name, tensor in (("x", x), ("out", out)):
         if not tensor.is_contiguous(memory_format=torch.channels_last):
             raise ValueError(
@@ -187,3 +199,6 @@ def residual_block(
     )
     for one in planned:
         launch.run(one, x.device)
+
+
+residual_chain = one_by_one(residual_block)

@@ -1,0 +1,352 @@
+#include "block_runner.h"
+
+#include <algorithm>
+
+namespace den {
+
+namespace {
+
+// V of a chunk of tiles stays in half of an L2 cache; fewer tiles than these would make the weights the larger traffic.
+constexpr int kBenchFloats = 96 * 1024;
+constexpr int kFewestTiles = 16;
+
+}  // namespace
+
+template <class T>
+BlockRunner<T>::BlockRunner(const ResidualBlock& block) : block_(block), kernels_(kernels<T>()) {
+    int channels = block.channels, height = block.height, width = block.width;
+    for (const BlockConv& conv : block.convs) {
+        const int pad = conv.kernel / 2, m = conv.winograd;
+        ConvShape shape{channels,         conv.out_channels,          conv.groups, height, width,
+                        {conv.kernel, conv.kernel}, {conv.stride, conv.stride}, {pad, pad},  {1, 1}};
+        const Pair slack = m ? Pair{round_up(height, m) - height, round_up(width, m) - width} : Pair{0, 0};
+        maps_.emplace_back(shape, slack);
+        map_at_.push_back(workspace_floats_);
+        workspace_floats_ += maps_.back().floats();  // a multiple of a cache line, like all that follows
+        scale_at_.push_back(workspace_floats_);
+        workspace_floats_ += 2 * scale_floats(conv);
+        if (m) {
+            const int i = int(maps_.size()) - 1, tiles = chunk_of(i);
+            bench_floats_ = std::max(bench_floats_, winograd_v_floats(m, channels, tiles) + winograd_product_floats(m, tiles));
+            team_ = std::max(team_, ceil_div(kFewestTiles, tiles_of(i)));
+        }
+        channels = conv.out_channels, height = shape.out_height(), width = shape.out_width();
+        pool_ *= conv.stride;
+    }
+    out_channels_ = channels, out_height_ = height, out_width_ = width;
+    out_columns_ = nhwc_columns(width, channels);
+    if (block.projection.weight) {
+        projection_.emplace_back(ConvShape{block.channels, channels, 1, block.height, block.width,
+                                           {1, 1}, {pool_, pool_}, {0, 0}, {1, 1}});
+        bench_floats_ = std::max(bench_floats_, projection_[0].floats() + 2 * scale_floats(block.projection));
+    }
+    // Of equal shapes the shortcut is x itself (a strided block of a map of one pixel too).
+    plain_shortcut_ = projection_.empty() && height == block.height && width == block.width && channels == block.channels;
+}
+
+template <class T>
+int BlockRunner<T>::tiles_of(int i) const {
+    const ConvShape& conv = maps_[i].conv();
+    return ceil_div(conv.height, block_.convs[i].winograd) * ceil_div(conv.width, block_.convs[i].winograd);
+}
+
+template <class T>
+int BlockRunner<T>::chunk_of(int i) const {
+    const int tile_floats = winograd_points(block_.convs[i].winograd) * maps_[i].conv().in_channels;
+    return std::max(kFewestTiles, kBenchFloats / tile_floats);
+}
+
+template <class T>
+double BlockRunner<T>::cost(int n) const {
+    // A transform takes about as long as four more channels to multiply with.
+    constexpr double kTransform = 4;
+    double macs = 0;
+    for (int i = 0; i < convs(); ++i) {
+        const ConvShape& conv = maps_[i].conv();
+        const double in = active_in(i, n), out = active_out(i, n);
+        if (is_winograd(i))
+            macs += winograd_points(block_.convs[i].winograd) * tiles_of(i) * (in * out + kTransform * (in + out));
+        else
+            macs += conv.macs_per_channel_pair() * in * out / conv.groups;
+    }
+    return macs;
+}
+
+template <class T>
+void BlockRunner<T>::zero_borders(float* workspace) const {
+    for (int i = 0; i < convs(); ++i) maps_[i].zero_border(map(workspace, i), maps_[i].conv().in_channels);
+}
+
+template <class T>
+void BlockRunner<T>::load_scales(float* workspace, int n) const {
+    for (int i = 0; i < convs(); ++i) {
+        const BlockConv& conv = block_.convs[i];
+        const std::size_t row = std::size_t(block_.level[n]) * conv.out_channels;
+        float* to = workspace + scale_at_[i];
+        std::copy_n(conv.scale + row, conv.out_channels, to);
+        std::copy_n(conv.shift + row, conv.out_channels, to + scale_floats(conv));
+    }
+}
+
+template <class T>
+void BlockRunner<T>::load_rows(const BasicBlockedMap<T>& map, T* to, int n, int row0, int row1, bool norm) const {
+    const std::ptrdiff_t in_row = std::ptrdiff_t(block_.width) * block_.channels;
+    BasicMapLoad<T> load{};
+    load.in = x(n);
+    load.in_row = in_row;
+    load.in_pixel = block_.channels;
+    load.width = block_.width;
+    load.channels = block_.channels;
+    if (norm) load.mul = block_.pre_scale, load.add = block_.pre_shift;
+    load.out = map.image(to);
+    load.out_row = map.row_pitch();
+    load.out_block = map.block_pitch();
+    load.out_col = map.read_columns();
+    load.row_read = map.read_rows();
+    kernels_.load(load, row0, row1);
+}
+
+template <class T>
+void BlockRunner<T>::shortcut(int n, int row0, int row1, float* bench) const {
+    if (plain_shortcut_) {
+        const std::ptrdiff_t row = std::ptrdiff_t(out_width_) * out_channels_;
+        std::copy_n(x(n) + row0 * row, (row1 - row0) * row, out(n) + row0 * row);
+    } else if (projection_.empty()) {
+        pool(n, row0, row1);
+    } else {
+        project(n, row0, row1, bench);
+    }
+}
+
+template <class T>
+void BlockRunner<T>::project(int n, int row0, int row1, float* bench) const {
+    const BasicBlockedMap<T>& map = projection_[0];
+    const BlockConv& conv = block_.projection;
+    T* in = elements<T>(bench);
+    float* mul = bench + map.floats();
+    float* add = mul + scale_floats(conv);
+    const std::size_t row = std::size_t(block_.level[n]) * conv.out_channels;
+    std::copy_n(conv.scale + row, conv.out_channels, mul);
+    std::copy_n(conv.shift + row, conv.out_channels, add);
+    load_rows(map, in, n, row0 * pool_, std::min(row1 * pool_, block_.height), false);
+    BasicConvPass<T> pass = map.pass(in, static_cast<const T*>(conv.weight), block_.channels, out_channels_);
+    pass.mul = mul;
+    pass.add = add;
+    pass.out = out(n);
+    pass.out_row = std::ptrdiff_t(out_width_) * out_channels_;
+    pass.out_block = kMapBlock<T>;
+    pass.out_col = out_columns_.data();
+    kernels_.conv(pass, 0, map.conv().units(out_channels_), row0, row1);
+}
+
+template <class T>
+void BlockRunner<T>::pool(int n, int row0, int row1) const {
+    const std::ptrdiff_t out_row = std::ptrdiff_t(out_width_) * out_channels_;
+    const std::ptrdiff_t in_row = std::ptrdiff_t(block_.width) * block_.channels;
+    const T* in = x(n);
+    T* to = out(n);
+    const int channels = std::min(block_.channels, out_channels_);
+    std::vector<float> sums(channels);
+    for (int row = row0; row < row1; ++row)
+        for (int col = 0; col < out_width_; ++col) {
+            T* pixel = to + row * out_row + std::ptrdiff_t(col) * out_channels_;
+            const int y0 = row * pool_, y1 = std::min(y0 + pool_, block_.height);
+            const int x0 = col * pool_, x1 = std::min(x0 + pool_, block_.width);
+            const float inside = float((y1 - y0) * (x1 - x0));
+            std::fill(sums.begin(), sums.end(), 0.0f);
+            for (int y = y0; y < y1; ++y)
+                for (int c0 = x0; c0 < x1; ++c0) {
+                    const T* from = in + y * in_row + std::ptrdiff_t(c0) * block_.channels;
+#pragma omp simd
+                    for (int c = 0; c < channels; ++c) sums[c] += to_float(from[c]);
+                }
+#pragma omp simd
+            for (int c = 0; c < channels; ++c) pixel[c] = from_float<T>(sums[c] / inside);
+            std::fill_n(pixel + channels, out_channels_ - channels, T{});
+        }
+}
+
+template <class T>
+void BlockRunner<T>::prepare_part(float* workspace, int n, int part, int parts, float* bench) const {
+    if (part == 0) {
+        zero_borders(workspace);
+        load_scales(workspace, n);
+    }
+    load_rows(maps_[0], map(workspace, 0), n, block_.height * part / parts, block_.height * (part + 1) / parts, true);
+    if (!plain_shortcut_) shortcut(n, out_height_ * part / parts, out_height_ * (part + 1) / parts, bench);
+}
+
+// Convolution i of sample n: into the next map, or into the output with the shortcut added.
+template <class T>
+void BlockRunner<T>::conv(float* workspace, int i, int n, int unit0, int unit1, int row0, int row1) const {
+    const BlockConv& conv = block_.convs[i];
+    BasicConvPass<T> pass = maps_[i].pass(map(workspace, i), static_cast<const T*>(conv.weight), active_in(i, n), active_out(i, n));
+    pass.mul = workspace + scale_at_[i];
+    pass.add = pass.mul + scale_floats(conv);
+    if (i + 1 < convs()) {
+        const BasicBlockedMap<T>& next = maps_[i + 1];
+        pass.relu = true;
+        pass.out = next.image(map(workspace, i + 1));
+        pass.out_row = next.row_pitch();
+        pass.out_block = next.block_pitch();
+        pass.out_col = next.columns();
+        pass.whole_blocks = conv.groups == 1;  // with groups another group's channels may follow in the block
+    } else {
+        pass.relu = block_.relu;
+        pass.out = out(n);
+        // A shortcut of another shape was put into the output before.
+        pass.residual = plain_shortcut_ ? x(n) : pass.out;
+        pass.out_row = std::ptrdiff_t(out_width_) * out_channels_;
+        pass.out_block = kMapBlock<T>;
+        pass.out_col = out_columns_.data();
+        pass.whole_blocks = false;
+    }
+    kernels_.conv(pass, unit0, unit1, row0, row1);
+}
+
+template <class T>
+std::vector<WinogradTile<T>> BlockRunner<T>::tiles(int i, float* workspaces, const int* samples, int count) const {
+    const BlockConv& conv = block_.convs[i];
+    const int m = conv.winograd, height = maps_[i].conv().height, width = maps_[i].conv().width;
+    std::vector<WinogradTile<T>> tiles;
+    tiles.reserve(std::size_t(count) * tiles_of(i));
+    for (int s = 0; s < count; ++s) {
+        float* workspace = workspaces + s * workspace_floats_;
+        const int n = samples[s];
+        WinogradTile<T> tile{};
+        tile.in = map(workspace, i);
+        tile.mul = workspace + scale_at_[i];
+        tile.add = tile.mul + scale_floats(conv);
+        if (i + 1 < convs()) {
+            tile.out = maps_[i + 1].image(map(workspace, i + 1));
+        } else {
+            tile.out = out(n);
+            tile.residual = plain_shortcut_ ? x(n) : tile.out;
+        }
+        tile.active_in = active_in(i, n);
+        tile.active_out = active_out(i, n);
+        for (tile.row = 0; tile.row < height; tile.row += m)
+            for (tile.col = 0; tile.col < width; tile.col += m) tiles.push_back(tile);
+    }
+    return tiles;
+}
+
+template <class T>
+WinogradPass<T> BlockRunner<T>::winograd_pass(int i, float* v, int tiles) const {
+    const BlockConv& conv = block_.convs[i];
+    const BasicBlockedMap<T>& map = maps_[i];
+    const ConvShape& shape = map.conv();
+    WinogradPass<T> pass{};
+    pass.tile = conv.winograd;
+    pass.in_row = map.row_pitch();
+    pass.in_block = map.block_pitch();
+    pass.v = v;
+    pass.v_block = std::ptrdiff_t(tiles) * kBlock;
+    pass.v_point = winograd_pitch(std::ptrdiff_t(round_up(shape.in_channels, kBlock)) * tiles);
+    pass.weight = static_cast<const float*>(conv.weight);
+    pass.weight_point = std::ptrdiff_t(shape.in_channels) * kWinogradGroup;
+    pass.weight_group = winograd_points(conv.winograd) * pass.weight_point;
+    pass.height = shape.height;
+    pass.width = shape.width;
+    if (i + 1 < convs()) {
+        const BasicBlockedMap<T>& next = maps_[i + 1];
+        pass.relu = true;
+        pass.out_row = next.row_pitch();
+        pass.out_block = next.block_pitch();
+        pass.out_col = next.columns();
+        pass.whole_blocks = true;
+    } else {
+        pass.relu = block_.relu;
+        pass.out_row = std::ptrdiff_t(out_width_) * out_channels_;
+        pass.out_block = kMapBlock<T>;
+        pass.out_col = out_columns_.data();
+        pass.whole_blocks = false;
+    }
+    return pass;
+}
+
+template <class T>
+void BlockRunner<T>::winograd_chunk(int i, const WinogradTile<T>* tiles, int count, float* bench) const {
+    const WinogradPass<T> pass = winograd_pass(i, bench, count);
+    float* products = bench + winograd_v_floats(pass.tile, maps_[i].conv().in_channels, count);
+    kernels_.winograd->input(pass, tiles, 0, count);
+    kernels_.winograd->output(pass, tiles, 0, count, 0, winograd_groups(maps_[i].conv().out_channels), products);
+}
+
+template <class T>
+void BlockRunner<T>::run_team(float* workspaces, const int* samples, int count, float* bench) const {
+    for (int s = 0; s < count; ++s) {
+        float* workspace = workspaces + s * workspace_floats_;
+        load_scales(workspace, samples[s]);
+        load_rows(maps_[0], map(workspace, 0), samples[s], 0, block_.height, true);
+        if (!plain_shortcut_) shortcut(samples[s], 0, out_height_, bench);
+    }
+    for (int i = 0; i < convs(); ++i) {
+        if (!is_winograd(i)) {
+            const ConvShape& shape = maps_[i].conv();
+            for (int s = 0; s < count; ++s)
+                conv(workspaces + s * workspace_floats_, i, samples[s], 0, shape.units(active_out(i, samples[s])), 0,
+                     shape.out_height());
+            continue;
+        }
+        const std::vector<WinogradTile<T>> all = tiles(i, workspaces, samples, count);
+        const int total = int(all.size()), chunks = ceil_div(total, chunk_of(i));
+        for (int c = 0; c < chunks; ++c) {
+            const int first = total * c / chunks;
+            winograd_chunk(i, all.data() + first, total * (c + 1) / chunks - first, bench);
+        }
+    }
+}
+
+template <class T>
+bool BlockRunner<T>::split_groups(int i, int tiles) const {
+    const ConvShape& shape = maps_[i].conv();
+    return tiles < shape.out_channels;  // V is then smaller than the weights
+}
+
+template <class T>
+std::size_t BlockRunner<T>::shared_v_floats(int samples) const {
+    std::size_t most = 0;
+    for (int i = 0; i < convs(); ++i)
+        if (is_winograd(i) && split_groups(i, samples * tiles_of(i)))
+            most = std::max(most, winograd_v_floats(block_.convs[i].winograd, maps_[i].conv().in_channels,
+                                                    samples * tiles_of(i)));
+    return most;
+}
+
+template <class T>
+void BlockRunner<T>::shared_winograd(int i, float* workspaces, const std::vector<int>& samples, float* shared_v,
+                                  float* bench, int threads) const {
+    const std::vector<WinogradTile<T>> all = tiles(i, workspaces, samples.data(), int(samples.size()));
+    const int total = int(all.size());
+    if (!split_groups(i, total)) {
+        const int chunks = round_up(ceil_div(total, chunk_of(i)), threads);
+#pragma omp for schedule(dynamic, 1)
+        for (int c = 0; c < chunks; ++c) {
+            const int first = total * c / chunks, end = total * (c + 1) / chunks;
+            if (end > first) winograd_chunk(i, all.data() + first, end - first, bench);
+        }
+        return;
+    }
+    const WinogradPass<T> pass = winograd_pass(i, shared_v, total);
+    const int pieces = std::min(total, 4 * threads);
+#pragma omp for schedule(dynamic, 1)
+    for (int p = 0; p < pieces; ++p)
+        kernels_.winograd->input(pass, all.data(), total * p / pieces, total * (p + 1) / pieces);
+    int widest = 0;
+    for (int n : samples) widest = std::max(widest, active_out(i, n));
+    // Few groups of output channels: each is cut by tiles too.
+    const int groups = winograd_groups(widest), chunk = chunk_of(i);
+    const int parts = std::max(ceil_div(total, chunk), std::min(ceil_div(2 * threads, groups), ceil_div(total, 6)));
+#pragma omp for schedule(dynamic, 1)
+    for (int item = 0; item < groups * parts; ++item) {
+        const int group = item / parts, part = item % parts;
+        kernels_.winograd->output(pass, all.data(), total * part / parts, total * (part + 1) / parts, group, group + 1,
+                                  bench);
+    }
+}
+
+template class BlockRunner<float>;
+template class BlockRunner<bf16>;
+
+}  // namespace den

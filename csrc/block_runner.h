@@ -1,0 +1,91 @@
+// The steps of a residual block: what each thread does with the samples that it is given.
+//
+// A sample works in a *workspace*: the blocked map that each convolution reads (the intermediate maps never leave it), and
+// the scale and shift of the sample's level, padded for whole-vector loads. A thread has a *bench* for the transformed
+// tiles of a Winograd convolution.
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+#include "dispatch.h"
+#include "geometry.h"
+#include "residual_block.h"
+#include "schedule.h"
+#include "winograd.h"
+
+namespace den {
+
+template <class T>
+class BlockRunner {
+public:
+    explicit BlockRunner(const ResidualBlock& block);
+
+    std::size_t workspace_floats() const { return workspace_floats_; }
+    std::size_t bench_floats() const { return bench_floats_; }
+    int convs() const { return int(maps_.size()); }
+    int hidden(int n) const { return block_.widths[block_.level[n]]; }
+    bool shortcut_is_output() const { return plain_shortcut_ && block_.out == block_.x; }
+    int out_height() const { return out_height_; }
+    // Samples that one thread computes together, so that the weights in its cache serve enough tiles.
+    int team() const { return team_; }
+    double cost(int n) const;
+
+    // Zeros around the maps, written once: samples only write inside.
+    void zero_borders(float* workspace) const;
+    // out rows = shortcut(x), worked out in a thread's bench.
+    void shortcut(int n, int row0, int row1, float* bench) const;
+    // Everything, for `count` samples in workspaces that follow each other.
+    void run_team(float* workspaces, const int* samples, int count, float* bench) const;
+
+    // A shared sample: part `part` of `parts` of what comes before the convolutions.
+    void prepare_part(float* workspace, int n, int part, int parts, float* bench) const;
+    // Direct convolution i of a shared sample, cut for several threads.
+    bool is_winograd(int i) const { return block_.convs[i].winograd != 0; }
+    Cut cut(int i, int n, int parts) const { return Cut(maps_[i].conv(), active_in(i, n), active_out(i, n), parts); }
+    void conv(float* workspace, int i, int n, int unit0, int unit1, int row0, int row1) const;
+    // Winograd convolution i of shared samples in workspaces that follow each other, called by every thread of a team.
+    // `shared_v` holds shared_v_floats(samples) that all threads write.
+    std::size_t shared_v_floats(int samples) const;
+    void shared_winograd(int i, float* workspaces, const std::vector<int>& samples, float* shared_v, float* bench,
+                         int threads) const;
+
+private:
+    // Where the map that convolution i reads lies in a workspace.
+    T* map(float* workspace, int i) const { return elements<T>(workspace + map_at_[i]); }
+    // Sample n of the input, and of the output.
+    const T* x(int n) const {
+        return static_cast<const T*>(block_.x) + std::ptrdiff_t(n) * block_.height * block_.width * block_.channels;
+    }
+    T* out(int n) const {
+        return static_cast<T*>(block_.out) + std::ptrdiff_t(n) * out_height_ * out_width_ * out_channels_;
+    }
+    static std::size_t scale_floats(const BlockConv& conv) { return round_up(conv.out_channels, kBlock) + kBlock; }
+    int active_in(int i, int n) const { return i == 0 ? block_.channels : hidden(n); }
+    int active_out(int i, int n) const { return i + 1 == convs() ? out_channels_ : hidden(n); }
+    int tiles_of(int i) const;         // of one sample
+    int chunk_of(int i) const;         // tiles whose V fits a bench
+    bool split_groups(int i, int tiles) const;  // whether threads share V and take output channels each
+
+    void load_scales(float* workspace, int n) const;
+    // Rows of sample n into a map, through the norm in front if `norm`.
+    void load_rows(const BasicBlockedMap<T>& map, T* to, int n, int row0, int row1, bool norm) const;
+    // Average pooling (partial windows divide by what is inside), then zero channels.
+    void pool(int n, int row0, int row1) const;
+    void project(int n, int row0, int row1, float* bench) const;
+    std::vector<WinogradTile<T>> tiles(int i, float* workspaces, const int* samples, int count) const;
+    WinogradPass<T> winograd_pass(int i, float* v, int tiles) const;
+    void winograd_chunk(int i, const WinogradTile<T>* tiles, int count, float* bench) const;
+
+    const ResidualBlock& block_;
+    const BasicKernels<T>& kernels_;
+    std::vector<BasicBlockedMap<T>> maps_;  // read by convolution i
+    std::vector<BasicBlockedMap<T>> projection_;  // what the projection reads, if there is one
+    std::vector<std::size_t> map_at_, scale_at_;
+    std::size_t workspace_floats_ = 0, bench_floats_ = 0;
+    std::vector<std::ptrdiff_t> out_columns_;
+    int out_channels_, out_height_, out_width_, pool_ = 1, team_ = 1;
+    bool plain_shortcut_;
+};
+
+}  // namespace den

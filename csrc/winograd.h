@@ -1,0 +1,75 @@
+// Winograd convolution F(m x m, 3x3), m = 2 or 4: an m x m tile of outputs from (m + 2)^2 multiplications a channel pair,
+// where a direct 3x3 takes 9 m^2 (Lavin and Gray, "Fast algorithms for convolutional neural networks", 2016).
+//
+//   V = B^T d B    of each tile d of the input, for each channel         ("points": its (m + 2)^2 entries)
+//   M = V U        for each point, a matrix product over input channels: [tiles x in] [in x out]
+//   Y = A^T M A    of each tile, for each output channel, then the epilogue
+//
+// Tiles of several samples, of whatever levels, are multiplied together: they share the weights in cache. Each output is
+// summed over input channels in their order by one accumulator, so a sample's result does not depend on its company.
+#pragma once
+
+#include <cstddef>
+
+#include "kernels.h"
+
+namespace den {
+
+constexpr int kWinogradGroup = 32;  // output channels multiplied together
+
+inline int winograd_points(int tile) { return (tile + 2) * (tile + 2); }
+inline int winograd_groups(int channels) { return (channels + kWinogradGroup - 1) / kWinogradGroup; }
+
+// One tile of one sample. V, U and M are float whatever the elements of the maps are.
+template <class T>
+struct WinogradTile {
+    const T* in;            // the sample's blocked map, padding included
+    T* out;                 // the sample's output, addressed as BasicConvPass addresses it
+    const T* residual;      // addressed like out, or null
+    const float* mul;       // epilogue of the sample's level: relu(y * mul[c] + add[c] + residual)
+    const float* add;
+    int row, col;               // first output pixel
+    int active_in, active_out;  // channels read and produced
+};
+
+// A convolution of some tiles. Neighbours in the list that have equal active channels are multiplied together.
+template <class T>
+struct WinogradPass {
+    int tile;  // m
+    std::ptrdiff_t in_row, in_block;
+    // V: point p, channel c of tile t is at  v + p*v_point + (c/16)*v_block + t*16 + c%16.
+    float* v;
+    std::ptrdiff_t v_point, v_block;
+    // Weights as packed by winograd_pack.
+    const float* weight;
+    std::ptrdiff_t weight_group, weight_point;
+    int height, width;  // of the output: tiles at the lower and right border may reach beyond
+    bool relu;
+    std::ptrdiff_t out_row, out_block;
+    const std::ptrdiff_t* out_col;
+    bool whole_blocks;  // the last block may be written beyond active_out (scratch), or not (a tensor)
+};
+
+// The kernels of one instruction set.
+template <class T>
+struct WinogradKernels {
+    // V of tiles [tile0, tile1) of the list, for their active input channels.
+    void (*input)(const WinogradPass<T>& pass, const WinogradTile<T>* tiles, int tile0, int tile1);
+    // Output channel groups [group0, group1) of tiles [tile0, tile1), from their V. `products` is scratch for
+    // winograd_product_floats(tile, tile1 - tile0).
+    void (*output)(const WinogradPass<T>& pass, const WinogradTile<T>* tiles, int tile0, int tile1, int group0,
+                   int group1, float* products);
+};
+
+// Floats between the points of an array of `floats` each: never a multiple of 4 KiB, which would put the points of a
+// tile into one cache set.
+inline std::ptrdiff_t winograd_pitch(std::ptrdiff_t floats) { return floats + 16; }
+std::size_t winograd_v_floats(int tile, int channels, int tiles);
+std::size_t winograd_product_floats(int tile, int tiles);
+
+// Weights [out/32][point][in][32], transformed in double precision. A nested width is a prefix of both dimensions, so one
+// packing serves every level. Output channels are padded with zeros to 32.
+std::size_t winograd_packed_floats(int tile, int out_channels, int in_channels);
+void winograd_pack(int tile, const float* weight_OIHW, int out_channels, int in_channels, int threads, float* packed);
+
+}  // namespace den

@@ -1,0 +1,276 @@
+// The Winograd kernels of one instruction set for one element type: compiled once for each, as kernels.cpp is.
+//
+// No standard library here: its inline functions would be merged across instruction sets by the linker.
+#include "kernels.h"
+#include "vec.h"
+#include "winograd.h"
+
+namespace {
+
+using Element = DEN_ELEMENT;
+using Pass = den::WinogradPass<Element>;
+using Tile = den::WinogradTile<Element>;
+
+#if defined(DEN_512)
+using Vec = Vec16;
+constexpr int kMaxTiles = 12;
+#elif defined(DEN_ISA_AVX2)
+using Vec = Vec8;
+constexpr int kMaxTiles = 6;
+#else
+using Vec = Vec4;
+constexpr int kMaxTiles = 6;
+#endif
+
+using Reg = Vec::Reg;
+constexpr int kLanes = Vec::lanes;
+constexpr int kBlock = den::kBlock;                  // channels in a block of V
+constexpr int kMapBlock = den::kMapBlock<Element>;  // channels in a block of a map
+constexpr int kGroup = den::kWinogradGroup;
+
+// One dimension of the transforms; `s` is the distance between neighbours.
+
+inline Reg scaled(float factor, Reg a, Reg b) { return Vec::fma(Vec::broadcast(&factor), a, b); }
+
+template <int M>
+struct Transform;
+
+template <>
+struct Transform<2> {
+    static constexpr int side = 4;
+    // B^T d
+    static inline void input(const Reg* d, int s, Reg* v, int sv) {
+        const Reg d0 = d[0], d1 = d[s], d2 = d[2 * s], d3 = d[3 * s];
+        v[0] = Vec::sub(d0, d2);
+        v[sv] = Vec::add(d1, d2);
+        v[2 * sv] = Vec::sub(d2, d1);
+        v[3 * sv] = Vec::sub(d3, d1);
+    }
+    // A^T m
+    static inline void output(const Reg* m, int s, Reg* y, int sy) {
+        const Reg sum = Vec::add(m[s], m[2 * s]), difference = Vec::sub(m[s], m[2 * s]);
+        y[0] = Vec::add(m[0], sum);
+        y[sy] = Vec::add(difference, m[3 * s]);
+    }
+};
+
+template <>
+struct Transform<4> {
+    static constexpr int side = 6;
+    static inline void input(const Reg* d, int s, Reg* v, int sv) {
+        const Reg d0 = d[0], d1 = d[s], d2 = d[2 * s], d3 = d[3 * s], d4 = d[4 * s], d5 = d[5 * s];
+        const Reg even = scaled(-4.0f, d2, d4), odd = scaled(-4.0f, d1, d3);
+        const Reg even2 = Vec::sub(d4, d2), odd2 = Vec::sub(d3, d1);
+        v[0] = scaled(4.0f, d0, scaled(-5.0f, d2, d4));
+        v[sv] = Vec::add(even, odd);
+        v[2 * sv] = Vec::sub(even, odd);
+        v[3 * sv] = scaled(2.0f, odd2, even2);
+        v[4 * sv] = scaled(-2.0f, odd2, even2);
+        v[5 * sv] = scaled(4.0f, d1, scaled(-5.0f, d3, d5));
+    }
+    static inline void output(const Reg* m, int s, Reg* y, int sy) {
+        const Reg s1 = Vec::add(m[s], m[2 * s]), d1 = Vec::sub(m[s], m[2 * s]);
+        const Reg s2 = Vec::add(m[3 * s], m[4 * s]), d2 = Vec::sub(m[3 * s], m[4 * s]);
+        y[0] = Vec::add(m[0], Vec::add(s1, s2));
+        y[sy] = scaled(2.0f, d2, d1);
+        y[2 * sy] = scaled(4.0f, s2, s1);
+        y[3 * sy] = Vec::add(scaled(8.0f, d2, d1), m[5 * s]);
+    }
+};
+
+// V of one tile, a vector of channels at a time.
+template <int M>
+void input_tile(const Pass& pass, const Tile& tile, float* v) {
+    constexpr int side = Transform<M>::side;
+    const Element* in = tile.in + tile.row * pass.in_row + tile.col * kMapBlock;
+    for (int c = 0; c < tile.active_in; c += kLanes) {
+        const Element* d = in + (c / kMapBlock) * pass.in_block + c % kMapBlock;
+        float* to = v + (c / kBlock) * pass.v_block + c % kBlock;
+        Reg rows[side * side];  // B^T d
+#pragma GCC unroll 6
+        for (int x = 0; x < side; ++x) {
+            Reg column[side];
+#pragma GCC unroll 6
+            for (int y = 0; y < side; ++y) column[y] = Vec::load(d + y * pass.in_row + x * kMapBlock);
+            Transform<M>::input(column, 1, rows + x, side);
+        }
+#pragma GCC unroll 6
+        for (int y = 0; y < side; ++y) {
+            Reg points[side];
+            Transform<M>::input(rows + y * side, 1, points, 1);
+#pragma GCC unroll 6
+            for (int x = 0; x < side; ++x) Vec::store(to + (y * side + x) * pass.v_point, points[x]);
+        }
+    }
+}
+
+void input(const Pass& pass, const Tile* tiles, int tile0, int tile1) {
+    for (int t = tile0; t < tile1; ++t)
+        if (pass.tile == 4)
+            input_tile<4>(pass, tiles[t], pass.v + t * kBlock);
+        else
+            input_tile<2>(pass, tiles[t], pass.v + t * kBlock);
+}
+
+// The product of R tiles by NV vectors of output channels at one point.
+template <int NV, int R>
+void product(const float* v, std::ptrdiff_t v_block, int channels, const float* weight, float* out) {
+    Reg acc[R][NV];
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+        for (int n = 0; n < NV; ++n) acc[r][n] = Vec::zero();
+    for (int c0 = 0; c0 < channels; c0 += kBlock, v += v_block) {
+        const int run = channels - c0 < kBlock ? channels - c0 : kBlock;
+        const float* x = v;
+        for (int c = 0; c < run; ++c, ++x, weight += kGroup) {
+            Reg k[NV];
+#pragma GCC unroll 2
+            for (int n = 0; n < NV; ++n) k[n] = Vec::load(weight + n * kLanes);
+#pragma GCC unroll 12
+            for (int r = 0; r < R; ++r) {
+                const Reg b = Vec::broadcast(x + r * kBlock);
+#pragma GCC unroll 2
+                for (int n = 0; n < NV; ++n) acc[r][n] = Vec::fma(b, k[n], acc[r][n]);
+            }
+        }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+        for (int n = 0; n < NV; ++n) Vec::store(out + r * kGroup + n * kLanes, acc[r][n]);
+}
+
+using ProductFn = void (*)(const float*, std::ptrdiff_t, int, const float*, float*);
+
+template <int NV>
+struct Products {
+    ProductFn of[kMaxTiles + 1];
+
+    template <int R>
+    constexpr void fill() {
+        of[R] = product<NV, R>;
+        if constexpr (R > 1) fill<R - 1>();
+    }
+    constexpr Products() : of{} { fill<kMaxTiles>(); }
+};
+
+// M of tiles of equal channels, for `vectors` vectors of one group.
+void multiply(const Pass& pass, int first, int count, int channels, int vectors, const float* weight,
+              float* products, std::ptrdiff_t product_point) {
+    static constexpr Products<1> one;
+    static constexpr Products<2> two;
+    const int parts = (count + kMaxTiles - 1) / kMaxTiles, fewer = count / parts, more = count % parts;
+    const int points = den::winograd_points(pass.tile);
+    for (int p = 0; p < points; ++p) {
+        const float* v = pass.v + p * pass.v_point + first * kBlock;
+        float* out = products + p * product_point;
+        for (int i = 0; i < parts; ++i) {
+            const int rows = fewer + (i < more);
+            int n = 0;
+            for (; n + 2 <= vectors; n += 2)
+                two.of[rows](v, pass.v_block, channels, weight + p * pass.weight_point + n * kLanes, out + n * kLanes);
+            if (n < vectors)
+                one.of[rows](v, pass.v_block, channels, weight + p * pass.weight_point + n * kLanes, out + n * kLanes);
+            v += rows * kBlock;
+            out += rows * kGroup;
+        }
+    }
+}
+
+// The outputs of one tile, a vector of channels at a time, and their epilogue.
+template <int M>
+void output_tile(const Pass& pass, const Tile& tile, int group, const float* products,
+                 std::ptrdiff_t product_point) {
+    constexpr int side = Transform<M>::side;
+    const int first = group * kGroup;
+    const int count = tile.active_out - first < kGroup ? tile.active_out - first : kGroup;
+    const int rows = pass.height - tile.row < M ? pass.height - tile.row : M;
+    const int cols = pass.width - tile.col < M ? pass.width - tile.col : M;
+    const float lowest = pass.relu ? 0.0f : -__builtin_inff();
+    const Reg floor = Vec::broadcast(&lowest);
+    for (int c = 0; c < count; c += kLanes) {
+        const float* m = products + c;
+        Reg half[M * side];  // A^T M
+#pragma GCC unroll 6
+        for (int x = 0; x < side; ++x) {
+            Reg column[side];
+#pragma GCC unroll 6
+            for (int y = 0; y < side; ++y) column[y] = Vec::load(m + (y * side + x) * product_point);
+            Transform<M>::output(column, 1, half + x, side);
+        }
+        const int channel = first + c;
+        const Reg mul = Vec::load(tile.mul + channel), add = Vec::load(tile.add + channel);
+        // In scratch a vector may be written beyond the active channels, but an odd number of them ends in a zero, for
+        // the pairs of a direct convolution.
+        const int left = count - c;
+        const bool whole = left >= kLanes || (pass.whole_blocks && left % den::kWord<Element> == 0);
+        const std::ptrdiff_t block = (channel / kMapBlock) * pass.out_block + channel % kMapBlock;
+#pragma GCC unroll 4
+        for (int y = 0; y < M; ++y) {
+            Reg line[M];
+            Transform<M>::output(half + y * side, 1, line, 1);
+            if (y >= rows) continue;
+            const std::ptrdiff_t row = block + (tile.row + y) * pass.out_row;
+#pragma GCC unroll 4
+            for (int x = 0; x < M; ++x) {
+                if (x >= cols) continue;
+                const std::ptrdiff_t place = row + pass.out_col[tile.col + x];
+                Reg value = Vec::fma(line[x], mul, add);
+                Element* out = tile.out + place;
+                if (whole) {
+                    if (tile.residual) value = Vec::add(value, Vec::load(tile.residual + place));
+                    Vec::store(out, Vec::at_least(floor, value));
+                    continue;
+                }
+                Element line[kLanes] = {};
+                if (tile.residual) {
+                    for (int i = 0; i < left; ++i) line[i] = tile.residual[place + i];
+                    value = Vec::add(value, Vec::load(line));
+                }
+                Vec::store(line, Vec::at_least(floor, value));
+                for (int i = 0; i < left; ++i) out[i] = line[i];
+                if (pass.whole_blocks) out[left] = Element{};
+            }
+        }
+    }
+}
+
+void output(const Pass& pass, const Tile* tiles, int tile0, int tile1, int group0, int group1,
+            float* products) {
+    const std::ptrdiff_t product_point = den::winograd_pitch((std::ptrdiff_t)kGroup * (tile1 - tile0));
+    for (int group = group0; group < group1; ++group) {
+        const int first = group * kGroup;
+        for (int t = tile0; t < tile1;) {
+            int end = t + 1;
+            const int in = tiles[t].active_in, out = tiles[t].active_out;
+            while (end < tile1 && tiles[end].active_in == in && tiles[end].active_out == out) ++end;
+            if (out > first) {
+                const int channels = out - first < kGroup ? out - first : kGroup;
+                multiply(pass, t, end - t, in, (channels + kLanes - 1) / kLanes, pass.weight + group * pass.weight_group,
+                         products + (t - tile0) * kGroup, product_point);
+            }
+            t = end;
+        }
+        for (int t = tile0; t < tile1; ++t) {
+            if (tiles[t].active_out <= first) continue;
+            if (pass.tile == 4)
+                output_tile<4>(pass, tiles[t], group, products + (t - tile0) * kGroup, product_point);
+            else
+                output_tile<2>(pass, tiles[t], group, products + (t - tile0) * kGroup, product_point);
+        }
+    }
+}
+
+#define DEN_CONCAT(element, isa) winograd_##element##_##isa
+#define DEN_NAME(element, isa) DEN_CONCAT(element, isa)
+#define DEN_TABLE DEN_NAME(DEN_ELEMENT, DEN_ISA)
+
+}  // namespace
+
+namespace den {
+
+extern const WinogradKernels<Element> DEN_TABLE;
+const WinogradKernels<Element> DEN_TABLE = {input, output};
+
+}  // namespace den

@@ -1,0 +1,176 @@
+"""The elastic convolution of the C++ kernels against `den_kernels.reference` in float64: every instruction set of this
+machine, float32 and bfloat16, poisoned inputs and outputs, batch mates that must not matter. N samples, C channels."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from den_kernels import reference
+from den_kernels.backends import cpu
+
+if os.environ.get("DEN_REQUIRE_EXT") != "1" and cpu.unavailable() is not None:
+    pytest.skip(f"cpu backend: {cpu.unavailable()}", allow_module_level=True)
+
+ISAS = cpu.supported_isas()
+NAN = float("nan")
+isas = pytest.mark.parametrize("isa", ISAS)
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+
+
+@pytest.fixture(autouse=True)
+def _restore_isa_and_threads():
+    threads = torch.get_num_threads()
+    yield
+    cpu.set_isa(ISAS[0])
+    torch.set_num_threads(threads)
+
+
+def assert_exact_to_rounding(actual, expected) -> None:
+    """Sums in float32, then one rounding to the dtype: within its epsilon of the float64 value."""
+    largest = float(expected.abs().max()) if expected.numel() else 0.0
+    rtol = 1e-6 if actual.dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(actual.double(), expected, rtol=rtol, atol=1e-5 * largest)
+
+
+@st.composite
+def conv_cases(draw):
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    group_in = draw(st.sampled_from([1, 3, 4, 8, 11, 16, 24, 40]))
+    group_out = draw(st.sampled_from([1, 2, 5, 8, 12, 16, 20, 32, 48, 64, 72]))
+    kernel = draw(st.sampled_from([(1, 1), (3, 3), (3, 3), (2, 3), (5, 1), (7, 7)]))
+    dilation = draw(st.sampled_from([(1, 1), (1, 1), (2, 1), (2, 3)]))
+    stride = draw(st.sampled_from([(1, 1), (1, 1), (2, 2), (3, 1), (1, 2)]))
+    padding = (draw(st.integers(0, 3)), draw(st.integers(0, 3)))
+    least = [max(1, dilation[d] * (kernel[d] - 1) + 1 - 2 * padding[d]) for d in (0, 1)]
+    size = [least[d] + draw(st.integers(0, 17)) for d in (0, 1)]
+    samples = draw(st.integers(1, 7))
+    widths = []
+    for channels, step in ((groups * group_in, group_in), (groups * group_out, group_out)):
+        step = step if groups > 1 else 1
+        some = st.lists(st.integers(0, channels // step), min_size=samples, max_size=samples)
+        widths.append(draw(st.one_of(st.none(), some.map(lambda ws, s=step: [s * w for w in ws]))))
+    return {
+        "shape": (samples, groups * group_in, *size),
+        "weight": (groups * group_out, group_in, *kernel),
+        "in_width": widths[0],
+        "out_width": widths[1],
+        "geometry": (stride, padding, dilation, groups),
+        "bias": draw(st.booleans()),
+        "channels_last": draw(st.booleans()),
+        "index": draw(st.sampled_from([torch.int32, torch.int64])),
+        "threads": draw(st.integers(1, 3)),
+        "seed": draw(st.integers(0, 1000)),
+    }
+
+
+@isas
+@dtypes
+@settings(max_examples=80, deadline=None)
+@given(case=conv_cases())
+def test_equals_the_reference(isa, dtype, case) -> None:
+    cpu.set_isa(isa)
+    torch.set_num_threads(case["threads"])
+    torch.manual_seed(case["seed"])
+    x, weight = torch.randn(case["shape"]).to(dtype), (torch.randn(case["weight"]) * 0.1).to(dtype)
+    bias = torch.randn(weight.shape[0]).to(dtype) if case["bias"] else None
+    if case["channels_last"]:
+        x = x.contiguous(memory_format=torch.channels_last)
+    in_width, out_width = (
+        None if case[name] is None else torch.tensor(case[name], dtype=case["index"])
+        for name in ("in_width", "out_width")
+    )
+    stride, padding, dilation, groups = case["geometry"]
+    expected = reference.den_conv2d(
+        x.double(),
+        weight.double(),
+        None if bias is None else bias.double(),
+        in_width,
+        out_width,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+    )
+    for n, width in enumerate(case["in_width"] or []):
+        x[n, width:] = NAN
+    empty = torch.empty
+    cpu.torch.empty = lambda *a, **k: empty(*a, **k).fill_(NAN)
+    try:
+        y = cpu.conv2d(x, weight, bias, in_width, out_width, *case["geometry"])
+    finally:
+        cpu.torch.empty = empty
+    assert y.dtype == dtype
+    assert_exact_to_rounding(y, expected)
+    for n, width in enumerate(case["out_width"] or []):
+        assert torch.equal(y[n, width:], torch.zeros_like(y[n, width:]))
+    if case["channels_last"]:
+        assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@isas
+@dtypes
+def test_sample_does_not_depend_on_batch_mates_or_threads(isa, dtype) -> None:
+    cpu.set_isa(isa)
+    x = torch.randn(5, 40, 13, 13).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(72, 40, 3, 3).to(dtype), torch.randn(72).to(dtype)
+    geometry = ((1, 1), (1, 1), (1, 1), 1)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for others in (0, 7, 40):
+            in_width = torch.tensor([others, 19, others, 40, others])
+            out_width = torch.tensor([72, 53, others, 72, 1])
+            results.append(cpu.conv2d(x, weight, bias, in_width, out_width, *geometry)[[1, 3]])
+            permuted = torch.tensor([4, 3, 0, 1, 2])
+            y = cpu.conv2d(x[permuted], weight, bias, in_width[permuted], out_width[permuted], *geometry)
+            results.append(y[[3, 1]])
+    assert all(torch.equal(r, results[0]) for r in results)
+
+
+@isas
+@dtypes
+@pytest.mark.parametrize("width", [8, 27])
+def test_weights_beyond_the_widths_are_not_read(isa, dtype, width) -> None:
+    cpu.set_isa(isa)
+    x, weight = torch.randn(1, 40, 9, 9).to(dtype), torch.randn(72, 40, 3, 3).to(dtype)
+    width_N, geometry = torch.tensor([width]), ((1, 1), (1, 1), (1, 1), 1)
+    expected = cpu.conv2d(x, weight, None, width_N, width_N, *geometry)
+    weight[:, width:], weight[width:] = NAN, NAN
+    assert torch.equal(cpu.conv2d(x, weight, None, width_N, width_N, *geometry), expected)
+
+
+@isas
+def test_bfloat16_rounds_to_nearest_even_and_keeps_nan(isa) -> None:
+    cpu.set_isa(isa)
+    # 1 + k / 256 lies on a rounding tie of bfloat16 for odd k; 1 + k / 512 between ties.
+    terms = torch.arange(1, 18) / 512
+    x = torch.stack([torch.ones(17), terms], 1)[..., None, None].bfloat16()
+    x = torch.cat([x, torch.full((1, 2, 1, 1), NAN).bfloat16(), torch.full((1, 2, 1, 1), float("inf")).bfloat16()])
+    weight = torch.ones(20, 2, 1, 1, dtype=torch.bfloat16)
+    y = cpu.conv2d(x, weight, None, None, None, (1, 1), (0, 0), (1, 1), 1)
+    expected = x.float().sum(1, keepdim=True).bfloat16().expand(-1, 20, -1, -1)
+    assert torch.equal(y[:17], expected[:17])
+    assert y[17].isnan().all()
+    assert torch.equal(y[18], expected[18])
+
+
+@pytest.mark.parametrize(
+    ("in_width", "out_width", "groups", "message"),
+    [
+        ([1, 9], None, 1, r"in_width\[1\] is 9; it must be between 0 and the 8 channels"),
+        ([-1, 2], None, 1, r"in_width\[0\] is -1;"),
+        (None, [0, 13], 1, r"out_width\[1\] is 13; it must be between 0 and the 12 channels"),
+        ([8, 2], None, 2, r"in_width\[1\] is 2; with groups=2 it must be a multiple of 4 channels"),
+        (None, [7, 6], 2, r"out_width\[0\] is 7; with groups=2 it must be a multiple of 6 channels"),
+    ],
+)
+def test_names_a_width_out_of_range(in_width, out_width, groups, message) -> None:
+    x, weight = torch.zeros(2, 8, 5, 5), torch.zeros(12, 8 // groups, 3, 3)
+    widths = (None if w is None else torch.tensor(w) for w in (in_width, out_width))
+    with pytest.raises(ValueError, match=message):
+        cpu.conv2d(x, weight, None, *widths, (1, 1), (1, 1), (1, 1), groups)
