@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import den
 from benchmarks.cases import RATIOS, TASK
 from den.blocks import ResidualBlock, shortcut
-from den.estimator import stem_stride
+from den.estimator import Estimator, stem_stride
 
 LEARNING_RATE = 0.01
 

@@ -6,6 +6,7 @@
 #include "dispatch.h"
 #include "pack.h"
 #include "schedule.h"
+#include "winograd_conv2d.h"
 
 namespace den {
 
@@ -24,13 +25,7 @@ public:
 
     int in_width(int n) const { return args_.in_width[n]; }
     int out_width(int n) const { return args_.out_width[n]; }
-    // Output channels that anything is multiplied for. With groups, an active output group whose inputs are not active
-    // is its bias alone.
-    int computed(int n) const {
-        const ConvShape& s = args_.shape;
-        if (s.groups == 1) return in_width(n) > 0 ? out_width(n) : 0;
-        return std::min(out_width(n), in_width(n) / s.group_in() * s.group_out());
-    }
+    int computed(int n) const { return args_.computed(n); }
 
     // A cost for every sample that has something to write, even when nothing is to be multiplied.
     double cost(int n) const {
@@ -67,26 +62,7 @@ public:
         }
     }
 
-    // The output channels that no multiplication reaches: the residual, or bias alone and then zeros beyond the width.
-    void fill_rest(int n, int row0, int row1) const {
-        const ConvShape& s = args_.shape;
-        const int from = computed(n), width = out_width(n), channels = s.out_channels;
-        if (from == channels) return;
-        const std::ptrdiff_t first = std::ptrdiff_t(row0) * s.out_width() * channels;
-        const std::ptrdiff_t pixels = std::ptrdiff_t(row1 - row0) * s.out_width();
-        T* pixel = args_.out + offset(n) + first;
-        if (args_.residual) {
-            const T* residual = args_.residual + offset(n) + first;
-            for (std::ptrdiff_t i = 0; i < pixels; ++i, pixel += channels, residual += channels)
-                std::copy_n(residual + from, channels - from, pixel + from);
-            return;
-        }
-        for (std::ptrdiff_t i = 0; i < pixels; ++i, pixel += channels) {
-            if (from < width) fill_bias(pixel, from, width);
-            std::fill_n(pixel + width, channels - width, T{});
-        }
-    }
-
+    void fill_rest(int n, int row0, int row1) const { args_.fill_rest(n, row0, row1); }
     int units(int n) const { return args_.shape.units(computed(n)); }
 
 private:
@@ -135,7 +111,7 @@ private:
         pass.mul = ones_;
         pass.add = bias_;
         pass.out_row = std::ptrdiff_t(s.out_width()) * s.out_channels;
-        const std::ptrdiff_t first = offset(n) + origin * pass.out_row;
+        const std::ptrdiff_t first = args_.out_offset(n) + origin * pass.out_row;
         pass.residual = args_.residual ? args_.residual + first : nullptr;
         pass.out = args_.out + first;
         pass.out_block = kMapBlock<T>;
@@ -143,16 +119,6 @@ private:
         kernels_.conv(pass, unit0, unit1, row0 - origin, row1 - origin);
     }
 
-    void fill_bias(T* pixel, int from, int to) const {
-        if (args_.bias)
-            std::copy(args_.bias + from, args_.bias + to, pixel + from);
-        else
-            std::fill(pixel + from, pixel + to, T{});
-    }
-    std::ptrdiff_t offset(int n) const {
-        const ConvShape& s = args_.shape;
-        return std::ptrdiff_t(n) * s.out_height() * s.out_width() * s.out_channels;
-    }
 
     const Conv2d<T>& args_;
     const BasicKernels<T>& kernels_;
@@ -177,7 +143,28 @@ ConvShape joined_rows(ConvShape s) {
 }  // namespace
 
 template <class T>
+void Conv2d<T>::fill_rest(int n, int row0, int row1) const {
+    const int from = computed(n), width = out_width[n], channels = shape.out_channels;
+    if (from == channels) return;
+    const std::ptrdiff_t first = out_offset(n) + std::ptrdiff_t(row0) * shape.out_width() * channels;
+    const std::ptrdiff_t pixels = std::ptrdiff_t(row1 - row0) * shape.out_width();
+    T* pixel = out + first;
+    for (std::ptrdiff_t i = 0; i < pixels; ++i, pixel += channels) {
+        if (residual) {
+            std::copy_n(residual + first + i * channels + from, channels - from, pixel + from);
+            continue;
+        }
+        if (bias && from < width)
+            std::copy(bias + from, bias + width, pixel + from);
+        else
+            std::fill(pixel + from, pixel + std::max(from, width), T{});
+        std::fill_n(pixel + width, channels - width, T{});
+    }
+}
+
+template <class T>
 void conv2d(const Conv2d<T>& given) {
+    if (winograd_suits(given)) return winograd_conv2d(given);
     Conv2d<T> args = given;
     args.shape = joined_rows(given.shape);
     const ConvShape& shape = args.shape;

@@ -59,6 +59,8 @@ struct WinogradKernels {
     // winograd_product_floats(tile, tile1 - tile0).
     void (*output)(const WinogradPass<T>& pass, const WinogradTile<T>* tiles, int tile0, int tile1, int group0,
                    int group1, float* products);
+    // U of one group of output channels, of which `outs` exist, as winograd_pack lays it out; weight: its first row.
+    void (*weights)(int tile, const T* weight_OIHW, int outs, int in_channels, float* packed);
 };
 
 // Floats between the points of an array of `floats` each: never a multiple of 4 KiB, which would put the points of a
@@ -67,9 +69,10 @@ inline std::ptrdiff_t winograd_pitch(std::ptrdiff_t floats) { return floats + 16
 std::size_t winograd_v_floats(int tile, int channels, int tiles);
 std::size_t winograd_product_floats(int tile, int tiles);
 
-// Weights [out/32][point][in][32], transformed in double precision. A nested width is a prefix of both dimensions, so one
+// Weights [out/32][point][in][32]. A nested width is a prefix of both dimensions, so one
 // packing serves every level. Output channels are padded with zeros to 32.
 std::size_t winograd_packed_floats(int tile, int out_channels, int in_channels);
-void winograd_pack(int tile, const float* weight_OIHW, int out_channels, int in_channels, int threads, float* packed);
+template <class T>
+void winograd_pack(int tile, const T* weight_OIHW, int out_channels, int in_channels, int threads, float* packed);
 
 }  // namespace den

@@ -52,6 +52,14 @@ struct Transform<2> {
         y[0] = Vec::add(m[0], sum);
         y[sy] = Vec::add(difference, m[3 * s]);
     }
+    // G g
+    static inline void weight(const Reg* g, int s, Reg* u, int su) {
+        const Reg even = scaled(0.5f, Vec::add(g[0], g[2 * s]), Vec::zero()), odd = scaled(0.5f, g[s], Vec::zero());
+        u[0] = g[0];
+        u[su] = Vec::add(even, odd);
+        u[2 * su] = Vec::sub(even, odd);
+        u[3 * su] = g[2 * s];
+    }
 };
 
 template <>
@@ -75,6 +83,18 @@ struct Transform<4> {
         y[sy] = scaled(2.0f, d2, d1);
         y[2 * sy] = scaled(4.0f, s2, s1);
         y[3 * sy] = Vec::add(scaled(8.0f, d2, d1), m[5 * s]);
+    }
+    static inline void weight(const Reg* g, int s, Reg* u, int su) {
+        const Reg even = scaled(-1.0f / 6, Vec::add(g[0], g[2 * s]), Vec::zero());
+        const Reg odd = scaled(-1.0f / 6, g[s], Vec::zero());
+        const Reg even2 = scaled(1.0f / 24, g[0], scaled(1.0f / 6, g[2 * s], Vec::zero()));
+        const Reg odd2 = scaled(1.0f / 12, g[s], Vec::zero());
+        u[0] = scaled(0.25f, g[0], Vec::zero());
+        u[su] = Vec::add(even, odd);
+        u[2 * su] = Vec::sub(even, odd);
+        u[3 * su] = Vec::add(even2, odd2);
+        u[4 * su] = Vec::sub(even2, odd2);
+        u[5 * su] = g[2 * s];
     }
 };
 
@@ -262,6 +282,51 @@ void output(const Pass& pass, const Tile* tiles, int tile0, int tile1, int group
     }
 }
 
+inline float widened(float x) { return x; }
+inline float widened(bf16 x) {
+    const std::uint32_t bits = (std::uint32_t)x.bits << 16;
+    float value;
+    __builtin_memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// U of a group of output channels: for each input channel the nine taps side by side, then G g G^T a vector of outputs at
+// a time.
+template <int M>
+void weight_group(const Element* weight, int outs, int in_channels, float* packed) {
+    constexpr int side = Transform<M>::side;
+    const std::ptrdiff_t point = (std::ptrdiff_t)in_channels * kGroup;
+    alignas(64) float taps[9][kGroup] = {};
+    for (int in = 0; in < in_channels; ++in, packed += kGroup) {
+        for (int o = 0; o < outs; ++o) {
+            const Element* w = weight + ((std::ptrdiff_t)o * in_channels + in) * 9;
+            for (int t = 0; t < 9; ++t) taps[t][o] = widened(w[t]);
+        }
+        for (int c = 0; c < kGroup; c += kLanes) {
+            Reg rows[side * 3];  // G g
+#pragma GCC unroll 3
+            for (int x = 0; x < 3; ++x) {
+                const Reg column[3] = {Vec::load(taps[x] + c), Vec::load(taps[3 + x] + c), Vec::load(taps[6 + x] + c)};
+                Transform<M>::weight(column, 1, rows + x, 3);
+            }
+#pragma GCC unroll 6
+            for (int y = 0; y < side; ++y) {
+                Reg points[side];
+                Transform<M>::weight(rows + y * 3, 1, points, 1);
+#pragma GCC unroll 6
+                for (int x = 0; x < side; ++x) Vec::store(packed + (y * side + x) * point + c, points[x]);
+            }
+        }
+    }
+}
+
+void weights(int tile, const Element* weight, int outs, int in_channels, float* packed) {
+    if (tile == 4)
+        weight_group<4>(weight, outs, in_channels, packed);
+    else
+        weight_group<2>(weight, outs, in_channels, packed);
+}
+
 #define DEN_CONCAT(element, isa) winograd_##element##_##isa
 #define DEN_NAME(element, isa) DEN_CONCAT(element, isa)
 #define DEN_TABLE DEN_NAME(DEN_ELEMENT, DEN_ISA)
@@ -271,6 +336,6 @@ void output(const Pass& pass, const Tile* tiles, int tile0, int tile1, int group
 namespace den {
 
 extern const WinogradKernels<Element> DEN_TABLE;
-const WinogradKernels<Element> DEN_TABLE = {input, output};
+const WinogradKernels<Element> DEN_TABLE = {input, output, weights};
 
 }  // namespace den

@@ -132,13 +132,69 @@ def test_sample_does_not_depend_on_batch_mates_or_threads(isa, dtype) -> None:
     assert all(torch.equal(r, results[0]) for r in results)
 
 
+@st.composite
+def tiled_cases(draw):
+    """Convolutions with enough tiles for Winograd's algorithm."""
+    samples, channels, outputs = draw(st.integers(4, 7)), draw(st.integers(16, 50)), draw(st.integers(16, 70))
+    widths = [
+        draw(st.one_of(st.none(), st.lists(st.integers(0, most), min_size=samples, max_size=samples)))
+        for most in (channels, outputs)
+    ]
+    return {
+        "shape": (samples, channels, draw(st.integers(11, 19)), draw(st.integers(11, 19))),
+        "outputs": outputs,
+        "widths": widths,
+        "padding": (draw(st.integers(0, 2)), draw(st.integers(0, 2))),
+        "extra": draw(st.sampled_from(["nothing", "bias", "residual"])),
+        "threads": draw(st.integers(1, 3)),
+        "seed": draw(st.integers(0, 1000)),
+    }
+
+
+@isas
+@dtypes
+@settings(max_examples=40, deadline=None)
+@given(case=tiled_cases())
+def test_winograd_equals_the_reference(isa, dtype, case) -> None:
+    cpu.set_isa(isa)
+    torch.set_num_threads(case["threads"])
+    torch.manual_seed(case["seed"])
+    x = torch.randn(case["shape"]).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight = (torch.randn(case["outputs"], x.shape[1], 3, 3) * 0.1).to(dtype)
+    bias = torch.randn(case["outputs"]).to(dtype) if case["extra"] == "bias" else None
+    in_width, out_width = (None if w is None else torch.tensor(w) for w in case["widths"])
+    expected = reference.den_conv2d(
+        x.double(),
+        weight.double(),
+        None if bias is None else bias.double(),
+        in_width,
+        out_width,
+        padding=case["padding"],
+    )
+    residual = torch.randn(expected.shape).to(dtype) if case["extra"] == "residual" else None
+    if residual is not None:
+        expected = expected + residual.double()
+    for n, width in enumerate(case["widths"][0] or []):
+        x[n, width:] = NAN
+    y = cpu.conv2d(x, weight, bias, in_width, out_width, (1, 1), case["padding"], (1, 1), 1, residual)
+    largest = float(expected.abs().max())
+    rtol = 0.0 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(y.double(), expected, rtol=rtol, atol=3e-5 * largest)
+    if residual is None:
+        for n, width in enumerate(case["widths"][1] or []):
+            assert torch.equal(y[n, width:], torch.zeros_like(y[n, width:]))
+    elif in_width is not None:
+        assert torch.equal(y[in_width == 0], residual[in_width == 0]), "width 0 is the residual, bit for bit"
+
+
 @isas
 @dtypes
 @pytest.mark.parametrize("width", [8, 27])
-def test_weights_beyond_the_widths_are_not_read(isa, dtype, width) -> None:
+@pytest.mark.parametrize("samples", [1, 4], ids=["direct", "winograd"])
+def test_weights_beyond_the_widths_are_not_read(isa, dtype, width, samples) -> None:
     cpu.set_isa(isa)
-    x, weight = torch.randn(1, 40, 9, 9).to(dtype), torch.randn(72, 40, 3, 3).to(dtype)
-    width_N, geometry = torch.tensor([width]), ((1, 1), (1, 1), (1, 1), 1)
+    x, weight = torch.randn(samples, 40, 9, 9).to(dtype), torch.randn(72, 40, 3, 3).to(dtype)
+    width_N, geometry = torch.full((samples,), width), ((1, 1), (1, 1), (1, 1), 1)
     expected = cpu.conv2d(x, weight, None, width_N, width_N, *geometry)
     weight[:, width:], weight[width:] = NAN, NAN
     assert torch.equal(cpu.conv2d(x, weight, None, width_N, width_N, *geometry), expected)
