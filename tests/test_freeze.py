@@ -9,9 +9,8 @@ from torch.nn import functional as F
 
 import den
 import den_kernels as dk
-from den.blocks import freeze_block, shortcut
+from den.blocks import FreezeOptions, freeze_block, shortcut
 from den.blocks.bottleneck import FrozenProjectionBlock
-from den.blocks.forms import FreezeOptions
 
 BACKENDS = [name for name in dk.available_backends() if name != "triton"]
 

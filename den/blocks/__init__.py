@@ -8,7 +8,7 @@ A block's input and output channels never change; its first layer *expands* into
 from den.blocks.base import BN_KINDS, Block, conv_out, shortcut
 from den.blocks.bottleneck import BottleneckBlock, PlainBottleneckBlock
 from den.blocks.conv_pair import ConvPairBlock
-from den.blocks.forms import freeze_block, plain_block
+from den.blocks.forms import FreezeOptions, freeze_block, plain_block
 from den.blocks.linear_pair import LinearPairBlock
 from den.blocks.residual import PlainResidualBlock, ResidualBlock
 
@@ -17,6 +17,7 @@ __all__ = [
     "Block",
     "BottleneckBlock",
     "ConvPairBlock",
+    "FreezeOptions",
     "LinearPairBlock",
     "PlainBottleneckBlock",
     "PlainResidualBlock",
