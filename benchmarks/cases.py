@@ -79,7 +79,12 @@ class ModelCase:
     batches: tuple[int, ...] = BATCHES
 
 
-MODELS = (ModelCase("wrn_32_4", 32),)
+MODELS = (
+    ModelCase("wrn_32_4", 32),
+    ModelCase("resnet_42", 32, (1, 8, 64)),
+    ModelCase("resnext_29_4x64d", 32, (1, 8, 64)),
+    ModelCase("resnet_50", 224, (1, 8)),
+)
 
 
 # Residual blocks

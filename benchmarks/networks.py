@@ -17,8 +17,8 @@ import den
 import den_kernels as dk
 from benchmarks.cases import RATIOS, TASK, ModelCase
 from benchmarks.engines import InProcess
-from den.blocks import shortcut
-from den.dense import DenseNetwork, PlainResidualBlock, PlainStem, dense
+from den.blocks import PlainResidualBlock
+from den.dense import DenseNetwork, PlainStem, dense
 
 REFERENCE_SAMPLES = 4
 
@@ -138,7 +138,7 @@ def masked_engine(name: str, x: Tensor, level_NB: Tensor) -> InProcess:
             mask = (torch.arange(block.conv1.out_channels) < width_N[:, None])[:, :, None, None].to(h.dtype)
             a = F.relu(torch.addcmul(pre_shift, h, pre_scale), inplace=True)
             a = F.relu(block.conv1(a), inplace=True).mul_(mask)
-            h = block.conv2(a).add_(shortcut(h, block.stride, block.out_channels))
+            h = block.conv2(a).add_(block.shortcut(h))
         return net.head(net.tail(h, 0))
 
     return InProcess("masked dense", run)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import den_kernels as dk
 from den.blocks import Block, conv_out
+from den.blocks.base import check_map
 from den.hierarchy import Hierarchy
 
 
@@ -46,17 +47,49 @@ class EstimatorOptions:
 
 
 class Stem(nn.Module):
-    """3x3 convolution from image to trunk; with norm and ReLU in post-activation networks."""
+    """Convolution from image to trunk; with norm and ReLU in post-activation networks.
 
-    def __init__(self, in_channels: int, out_channels: int, *, norm: bool, num_sets: int = 1):
+    Args:
+        in_channels, out_channels: of the convolution.
+        norm: whether norm and ReLU follow.
+        num_sets: of the norm's statistics.
+        kernel_size: odd; the padding is half of it.
+        stride: of its own, times the one that a large image brings (`stem_stride`).
+        pool: whether a 3x3 max pool of stride 2 comes last.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        norm: bool,
+        num_sets: int = 1,
+        kernel_size: int = 3,
+        stride: int = 1,
+        pool: bool = False,
+    ):
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+        self.stride, self.pool = stride, pool
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
         self.norm = dk.DENBatchNorm2d(out_channels, num_sets=num_sets) if norm else None
 
     def forward(self, x: Tensor, stride: int, set_index: int = 0) -> Tensor:
-        """x [N, C, H, W] -> [N, out_channels, ceil(H / stride), ceil(W / stride)]."""
-        x = F.conv2d(x, self.conv.weight, None, stride, 1)
-        return x if self.norm is None else self.norm(x, set_index=set_index, relu=True)
+        """x [N, C, H, W] at an entry stride -> the trunk, [N, out_channels, H', W']."""
+        x = F.conv2d(x, self.conv.weight, None, stride * self.stride, self.conv.padding)
+        x = x if self.norm is None else self.norm(x, set_index=set_index, relu=True)
+        return stem_pool(x, self.pool)
+
+    def macs(self, height: int, width: int, stride: int) -> tuple[int, tuple[int, int]]:
+        """Multiply-adds for one image of this size at an entry stride, and the size of the trunk's map."""
+        size = conv_out(height, stride * self.stride), conv_out(width, stride * self.stride)
+        trunk = (conv_out(size[0], 2), conv_out(size[1], 2)) if self.pool else size
+        return self.conv.weight.numel() * size[0] * size[1], trunk
+
+
+def stem_pool(x: Tensor, wanted: bool) -> Tensor:
+    """3x3 max pool of stride 2, if wanted."""
+    return F.max_pool2d(x, 3, 2, 1) if wanted else x
 
 
 class Tail(nn.Module, ABC):
@@ -108,15 +141,6 @@ class HiddenTail(Tail):
         for layer in self.layers:
             x = F.relu(layer(x))
         return x
-
-
-def check_map(x: Tensor, shape: tuple[int, int, int]) -> None:
-    """Raise ValueError unless x [N, C, H, W] is the map that the fully connected layers were made for."""
-    if tuple(x.shape[1:]) != shape:
-        raise ValueError(
-            f"x gives a last map of {x.shape[2]}x{x.shape[3]}, but the hidden layers were made for "
-            f"{shape[1]}x{shape[2]}; resize the images, or create the model with their image_size"
-        )
 
 
 class Estimator(nn.Module):
@@ -185,8 +209,7 @@ class Estimator(nn.Module):
         stride = stem_stride(height, width, self.base_size)
         if self.stem is None:
             return stride, 0, (height, width)
-        size = conv_out(height, stride), conv_out(width, stride)
-        return stride, self.stem.conv.weight.numel() * size[0] * size[1], size
+        return stride, *self.stem.macs(height, width, stride)
 
 
 def stem_stride(height: int, width: int, base_size: int | None) -> int:
@@ -200,8 +223,9 @@ def stem_stride(height: int, width: int, base_size: int | None) -> int:
 
 @torch.no_grad()
 def xavier(module: nn.Module) -> None:
-    """Glorot's uniform initialisation of a convolution or linear layer; other modules are left alone."""
+    """Glorot's uniform initialisation of a convolution (of each group) or linear layer; others are left alone."""
     if isinstance(module, (nn.Conv2d, nn.Linear)):
-        nn.init.xavier_uniform_(module.weight)
+        for part in module.weight.chunk(module.groups if isinstance(module, nn.Conv2d) else 1):
+            nn.init.xavier_uniform_(part)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

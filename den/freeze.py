@@ -11,25 +11,18 @@ import copy
 import functools
 import itertools
 from collections.abc import Iterable
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import den_kernels as dk
-from den.blocks import Block, ConvPairBlock, ResidualBlock, pool
-from den.estimator import HiddenTail, PoolTail, Stem, Tail, stem_stride
+from den.blocks.base import Block
+from den.blocks.forms import FreezeOptions, fold, freeze_block, register_conv, register_folded, tables
+from den.estimator import HiddenTail, PoolTail, Stem, Tail, stem_pool, stem_stride
 from den.model import DEN, DENOutput, LevelLike, check_images, check_level, check_task
 from den.selector import Selector, SelectorBlock, mask_levels, shrink
-
-
-class FreezeOptions(NamedTuple):
-    """What `freeze` was asked for; see there."""
-
-    dtype: torch.dtype
-    winograd: bool
-    backend: str
 
 
 def freeze(model: DEN, dtype: torch.dtype | None = None, backend: str = "auto", *, winograd: bool = True) -> FrozenDEN:
@@ -142,18 +135,6 @@ class Trunk:
         return h
 
 
-def tables(norm: dk.DENBatchNorm2d, num_levels: int = 1) -> tuple[Tensor, Tensor]:
-    """Inference scale and shift of a norm, [T, L, C] each; one row serves every level where the norm has one."""
-    rows = [norm.scale_shift(t) for t in range(norm.num_sets)]
-    scale, shift = (torch.stack([row[i].detach() for row in rows]) for i in (0, 1))
-    return scale.expand(-1, num_levels, -1), shift.expand(-1, num_levels, -1)
-
-
-def fold(weight: Tensor, scale_C: Tensor, shift_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a convolution without bias followed by a scale and shift of its output channels."""
-    return weight.detach() * scale_C[:, None, None, None].to(weight.dtype), shift_C.to(weight.dtype)
-
-
 def batch_norm_fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """The same for PyTorch's own batch norm."""
     scale, shift = _batch_norm_tables(norm)
@@ -172,108 +153,17 @@ class FrozenStem(nn.Module):
 
     def __init__(self, stem: Stem, dtype: torch.dtype):
         super().__init__()
-        self.relu = stem.norm is not None
+        self.stride, self.pool, self.relu = stem.stride, stem.pool, stem.norm is not None
         if stem.norm is None:
-            folded: list[tuple[Tensor, Tensor | None]] = [(stem.conv.weight.detach(), None)]
+            self.convs = [register_conv(self, "", stem.conv.weight.detach(), None, dtype)]
         else:
-            scale, shift = tables(stem.norm)
-            folded = [fold(stem.conv.weight, *row) for row in zip(scale[:, 0], shift[:, 0], strict=True)]
-        self.convs = [_register_conv(self, f"{t}", *pair, dtype) for t, pair in enumerate(folded)]
+            self.convs = register_folded(self, "", stem.conv.weight, stem.norm, dtype)
 
     def forward(self, x: Tensor, stride: int, set_index: int) -> Tensor:
-        """x [N, C, H, W] -> a new [N, out_channels, ceil(H / stride), ceil(W / stride)]."""
+        """x [N, C, H, W] -> a new [N, out_channels, H', W']; see `Stem`."""
         weight, bias = self.convs[set_index if self.relu else 0]
-        x = F.conv2d(x, weight, bias, stride, 1)
-        return x.relu_() if self.relu else x
-
-
-def _register_conv(
-    module: nn.Module, suffix: str, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """Keep a channels_last weight and a bias as buffers; returns them."""
-    weight = weight.to(dtype, copy=True).contiguous(memory_format=torch.channels_last)
-    bias = None if bias is None else bias.to(dtype, copy=True)
-    module.register_buffer(f"weight{suffix}", weight)
-    module.register_buffer(f"bias{suffix}", bias)
-    return weight, bias
-
-
-@functools.singledispatch
-def freeze_block(block: nn.Module, options: FreezeOptions) -> nn.Module:
-    """The inference form of a block: forward(x, level_N, order_N, count_L, set_index, entry_stride) -> map."""
-    raise TypeError(
-        f"cannot freeze a block of type {type(block).__name__}; register its form with den.freeze.freeze_block"
-    )
-
-
-@freeze_block.register
-def _(block: ResidualBlock, options: FreezeOptions) -> nn.Module:
-    levels = block.hierarchy.num_levels
-    weights = [block.conv1.weight.to(options.dtype), block.conv2.weight.to(options.dtype)]
-    if block.preactivation:
-        pre = [table[:, 0] for table in tables(block.norm1)]
-        hidden = tables(block.norm2, levels)
-        shape = (hidden[0].shape[0], levels, block.out_channels)
-        out = hidden[0].new_ones(shape), hidden[0].new_zeros(shape)
-    else:
-        pre = []
-        hidden, out = tables(block.norm1, levels), tables(block.norm2, levels)
-    return dk.FusedResidualBlock(
-        weights,
-        [hidden[0], out[0]],
-        [hidden[1], out[1]],
-        block.widths,
-        strides=[block.stride, 1],
-        pre_scale=pre[0] if pre else None,
-        pre_shift=pre[1] if pre else None,
-        relu=not block.preactivation,
-        winograd=options.winograd,
-        backend=options.backend,
-    )
-
-
-class FrozenConvPair(nn.Module):
-    """A `ConvPairBlock` with its first norm folded into the weights and its second a scale and shift by level."""
-
-    level_width: Tensor
-    scale: Tensor
-    shift: Tensor
-    weight: Tensor
-
-    def __init__(self, block: ConvPairBlock, options: FreezeOptions):
-        super().__init__()
-        dtype = options.dtype
-        self.pools, self.backend = block.pools, options.backend
-        scale, shift = tables(block.norm1)
-        folded = [fold(block.conv1.weight, *row) for row in zip(scale[:, 0], shift[:, 0], strict=True)]
-        self.convs = [_register_conv(self, f"{t}", *pair, dtype) for t, pair in enumerate(folded)]
-        _register_conv(self, "", block.conv2.weight.detach(), None, dtype)
-        scale, shift = tables(block.norm2, block.hierarchy.num_levels)
-        self.register_buffer("scale", scale.to(dtype)[..., None, None].contiguous())
-        self.register_buffer("shift", shift.to(dtype)[..., None, None].contiguous())
-        self.register_buffer("level_width", block.level_width.clone())
-
-    def forward(
-        self,
-        x: Tensor,
-        level_N: Tensor,
-        order_N: Tensor,
-        count_L: Tensor,
-        set_index: int,
-        entry_stride: int = 1,
-    ) -> Tensor:
-        """x [N, C, H, W], never overwritten -> [N, out_channels, H', W']; see `ConvPairBlock`."""
-        width_N = self.level_width.index_select(0, level_N)
-        conv = functools.partial(dk.den_conv2d, padding=1, backend=self.backend)
-        h = conv(x, *self.convs[set_index], None, width_N, stride=entry_stride).relu_()
-        h = conv(pool(h, self.pools[0]), self.weight, None, width_N)
-        scale_NC, shift_NC = (table[set_index].index_select(0, level_N) for table in (self.scale, self.shift))
-        return pool(torch.addcmul(shift_NC, h, scale_NC).relu_(), self.pools[1])
-
-
-@freeze_block.register
-def _(block: ConvPairBlock, options: FreezeOptions) -> nn.Module:
-    return FrozenConvPair(block, options)
+        x = F.conv2d(x, weight, bias, stride * self.stride, weight.shape[2] // 2)
+        return stem_pool(x.relu_() if self.relu else x, self.pool)
 
 
 @functools.singledispatch
@@ -328,7 +218,7 @@ class FrozenSelector(nn.Module):
         super().__init__()
         dtype = options.dtype
         self.spec, self.num_blocks = selector.spec, selector.num_blocks
-        self.conv = _register_conv(self, "", *batch_norm_fold(selector.conv, selector.norm), dtype)
+        self.conv = register_conv(self, "", *batch_norm_fold(selector.conv, selector.norm), dtype)
         blocks = cast("list[SelectorBlock]", list(selector.blocks))
         self.blocks = nn.ModuleList(_freeze_selector_block(block, options) for block in blocks)
         self.trunk = Trunk(self.blocks)

@@ -51,16 +51,60 @@ def _level_tensor(level: Tensor | int, x: Tensor, num_levels: int) -> Tensor:
     return level.clamp(0, num_levels - 1)
 
 
-class DENConv2d(nn.Conv2d):
+class _Elastic(nn.Module):
+    """The width tables of a layer, by level."""
+
+    weight: Tensor
+    in_widths: Tensor | None
+    out_widths: Tensor | None
+    backend: str
+
+    def _set_widths(
+        self,
+        inputs: int,
+        outputs: int,
+        groups: int,
+        in_widths: Sequence[int] | None,
+        out_widths: Sequence[int] | None,
+        backend: str,
+    ) -> None:
+        table_in = _widths_buffer("in_widths", in_widths, inputs, groups, self.weight.device)
+        table_out = _widths_buffer("out_widths", out_widths, outputs, groups, self.weight.device)
+        if table_in is not None and table_out is not None and len(table_in) != len(table_out):
+            raise ValueError(f"in_widths has {len(table_in)} levels, but out_widths has {len(table_out)}")
+        self.register_buffer("in_widths", table_in, persistent=False)
+        self.register_buffer("out_widths", table_out, persistent=False)
+        self.backend = backend
+        self._widths_text = ", ".join(
+            f"{name}={tuple(widths)}"
+            for name, widths in (("in_widths", in_widths), ("out_widths", out_widths))
+            if widths
+        )
+
+    @property
+    def num_levels(self) -> int:
+        """L, or 1 for a layer without widths."""
+        table = self.in_widths if self.out_widths is None else self.out_widths
+        return 1 if table is None else len(table)
+
+    def _widths(self, level: Tensor | int, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Input and output width of each sample, integer [N] or None."""
+        level = _level_tensor(level, x, self.num_levels)
+        in_width = None if self.in_widths is None else self.in_widths.index_select(0, level)
+        out_width = None if self.out_widths is None else self.out_widths.index_select(0, level)
+        return in_width, out_width
+
+    def extra_repr(self) -> str:
+        return ", ".join(text for text in (super().extra_repr(), self._widths_text) if text)
+
+
+class DENConv2d(_Elastic, nn.Conv2d):
     """An `nn.Conv2d` whose channels are elastic: `forward(x, level)` runs sample n at `level[n]`.
 
     Same signature and state_dict as `nn.Conv2d`; with no level it is `nn.Conv2d`. `out_widths[l]` is the number of
     output channels that level l produces, `in_widths[l]` the number of input channels that it reads; None is all of
     them at every level. See `den_conv2d` for what a width means and which errors are raised.
     """
-
-    in_widths: Tensor | None
-    out_widths: Tensor | None
 
     def __init__(
         self,
@@ -93,22 +137,7 @@ class DENConv2d(nn.Conv2d):
             device,
             dtype,
         )
-        self._set_widths(in_widths, out_widths, backend)
-
-    def _set_widths(self, in_widths: Sequence[int] | None, out_widths: Sequence[int] | None, backend: str) -> None:
-        device = self.weight.device
-        table_in = _widths_buffer("in_widths", in_widths, self.in_channels, self.groups, device)
-        table_out = _widths_buffer("out_widths", out_widths, self.out_channels, self.groups, device)
-        if table_in is not None and table_out is not None and len(table_in) != len(table_out):
-            raise ValueError(f"in_widths has {len(table_in)} levels, but out_widths has {len(table_out)}")
-        self.register_buffer("in_widths", table_in, persistent=False)
-        self.register_buffer("out_widths", table_out, persistent=False)
-        self.backend = backend
-        self._widths_text = ", ".join(
-            f"{name}={tuple(widths)}"
-            for name, widths in (("in_widths", in_widths), ("out_widths", out_widths))
-            if widths
-        )
+        self._set_widths(in_channels, out_channels, groups, in_widths, out_widths, backend)
 
     @classmethod
     def from_conv(
@@ -136,23 +165,14 @@ class DENConv2d(nn.Conv2d):
             dtype=conv.weight.dtype,
         )
         layer.weight, layer.bias = conv.weight, conv.bias
-        layer._set_widths(in_widths, out_widths, backend)
+        layer._set_widths(conv.in_channels, conv.out_channels, conv.groups, in_widths, out_widths, backend)
         return layer.train(conv.training)
-
-    @property
-    def num_levels(self) -> int:
-        """L, or 1 for a layer without widths."""
-        table = self.in_widths if self.out_widths is None else self.out_widths
-        return 1 if table is None else len(table)
 
     def forward(self, x: Tensor, level: Tensor | int | None = None) -> Tensor:  # type: ignore[override]
         """x [N, C, H, W], level integer [N] (or one int for all; None: full) -> [N, O, H', W']."""
         if level is None or (self.in_widths is None and self.out_widths is None):
             return super().forward(x)
-        level = _level_tensor(level, x, self.num_levels)
-        in_width = None if self.in_widths is None else self.in_widths.index_select(0, level)
-        out_width = None if self.out_widths is None else self.out_widths.index_select(0, level)
-        return self.forward_widths(x, in_width, out_width)
+        return self.forward_widths(x, *self._widths(level, x))
 
     def forward_widths(
         self, x: Tensor, in_width: Tensor | None, out_width: Tensor | None, residual: Tensor | None = None
@@ -182,15 +202,13 @@ class DENConv2d(nn.Conv2d):
             residual=residual,
         )
 
-    def extra_repr(self) -> str:
-        return ", ".join(text for text in (super().extra_repr(), self._widths_text) if text)
 
+class DENLinear(_Elastic, nn.Linear):
+    """An `nn.Linear` whose features are elastic: `forward(x, level)` runs row n at `level[n]`.
 
-class DENLinear(nn.Linear):
-    """An `nn.Linear` with elastic features: `forward(x, level)` runs row n at `level[n]`; see `DENConv2d`."""
-
-    in_widths: Tensor | None
-    out_widths: Tensor | None
+    Same signature and state_dict as `nn.Linear`; with no level it is `nn.Linear`. Row n reads the first `in_widths[l]`
+    input features and produces the first `out_widths[l]` output features, the rest being exactly 0; see `DENConv2d`.
+    """
 
     def __init__(
         self,
@@ -205,31 +223,20 @@ class DENLinear(nn.Linear):
         backend: str = "auto",
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        device = self.weight.device
-        self.register_buffer(
-            "in_widths", _widths_buffer("in_widths", in_widths, in_features, 1, device), persistent=False
-        )
-        self.register_buffer(
-            "out_widths", _widths_buffer("out_widths", out_widths, out_features, 1, device), persistent=False
-        )
-        self.backend = backend
+        self._set_widths(in_features, out_features, 1, in_widths, out_widths, backend)
 
     def forward(self, x: Tensor, level: Tensor | int | None = None) -> Tensor:  # type: ignore[override]
         """x [N, in_features], level integer [N] (or one int for all; None: full) -> [N, out_features]."""
-        table = self.in_widths if self.out_widths is None else self.out_widths
-        if level is None or table is None:
+        if level is None or (self.in_widths is None and self.out_widths is None):
             return super().forward(x)
         if x.dim() != 2:
             raise ValueError(f"x has shape {tuple(x.shape)}; with a level it must be [N, {self.in_features}]")
-        level = _level_tensor(level, x, len(table))
-        return den_conv2d(
-            x[:, :, None, None],
-            self.weight[:, :, None, None],
-            self.bias,
-            None if self.in_widths is None else self.in_widths.index_select(0, level),
-            None if self.out_widths is None else self.out_widths.index_select(0, level),
-            backend=self.backend,
-        ).flatten(1)
+        return self.forward_widths(x, *self._widths(level, x))
+
+    def forward_widths(self, x: Tensor, in_width: Tensor | None, out_width: Tensor | None) -> Tensor:
+        """The same with the widths themselves, integer [N] or None: a 1x1 convolution of a map of one pixel."""
+        x, weight = x[:, :, None, None], self.weight[:, :, None, None]
+        return den_conv2d(x, weight, self.bias, in_width, out_width, backend=self.backend).flatten(1)
 
 
 class DENBatchNorm2d(nn.Module):

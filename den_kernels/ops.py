@@ -344,12 +344,17 @@ def _block_flop(shape, level: Tensor, block: BlockArguments) -> int:
     n, channels, height, columns = shape
     known = type(level) is Tensor and type(block.widths) is Tensor
     width = block.widths.cpu()[level.cpu().long()].long() if known else torch.full((n,), block.scale[0].shape[1])
-    total = 0
+    total, inputs = 0, channels
     for i, outputs in enumerate(s.shape[1] for s in block.scale):
         height, columns = -(-height // block.stride[i]), -(-columns // block.stride[i])
         read = torch.where(width > 0, channels, 0) if i == 0 else width
         write = width if i + 1 < len(block.scale) else torch.where(width > 0, outputs, 0)
-        total += int((read * write).sum()) // block.groups[i] * block.kernel_size[i] ** 2 * height * columns
+        pairs, groups = read * write, block.groups[i]
+        if groups > 1:  # whole groups, each of which multiplies its own inputs alone
+            group_in, group_out = inputs // groups, outputs // groups
+            pairs = torch.minimum(read // group_in, write // group_out) * group_in * group_out
+        total += int(pairs.sum()) * block.kernel_size[i] ** 2 * height * columns
+        inputs = outputs
     if block.projection:
         total += n * channels * block.scale[-1].shape[1] * height * columns
     return 2 * total

@@ -64,6 +64,27 @@ def den_conv2d(
     return torch.cat(samples)
 
 
+def den_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    in_width: Tensor | None = None,
+    out_width: Tensor | None = None,
+) -> Tensor:
+    """Elastic linear layer: row n reads input features `< in_width[n]`, produces output features `< out_width[n]`.
+
+    Shapes: x [N, I], weight [O, I], bias [O]; widths integer [N], or None for full. Returns [N, O] whose features at
+    and beyond `out_width[n]` are exactly 0.
+    """
+    rows = []
+    for n in range(x.shape[0]):
+        read = weight.shape[1] if in_width is None else int(in_width[n])
+        write = weight.shape[0] if out_width is None else int(out_width[n])
+        y = F.linear(x[n, :read], weight[:write, :read], None if bias is None else bias[:write])
+        rows.append(F.pad(y, (0, weight.shape[0] - write)))
+    return torch.stack(rows) if rows else F.linear(x, weight, bias)
+
+
 def shortcut(x: Tensor, channels: int, stride: int) -> Tensor:
     """The parameter-free shortcut: average pool by `stride`, then zero channels up to `channels`.
 

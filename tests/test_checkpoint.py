@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from den_cases import TWO_TASKS, conv_net, wrn
+from den_cases import TWO_TASKS, conv_net, image_shape, resnext, wrn
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -18,14 +18,14 @@ def folder(tmp_path):
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("make", [wrn, conv_net])
+@pytest.mark.parametrize("make", [wrn, resnext, conv_net])
 def test_round_trip(make, tmp_path):
     model = make(TWO_TASKS, task_norm="per_task")
     den.save(model, tmp_path / "deep" / "model", meta={"mean": [0.5]})
     again = den.load(tmp_path / "deep" / "model", backend="grouped")
     assert again.config == model.config
     assert not again.training
-    x = torch.randn(2, *((1, 28, 28) if make is conv_net else (3, 8, 8)))
+    x = torch.randn(2, *image_shape(make))
     for task in TWO_TASKS:
         assert torch.equal(again(x, task).logits, model(x, task).logits)
     assert load_meta(tmp_path / "deep" / "model") == {"mean": [0.5]}

@@ -160,6 +160,15 @@ def test_train_on_two_tasks_prints_json_alone(capsys, cifar10, tmp_path):
     }
 
 
+def test_another_family_trains_and_is_read_back(capsys, cifar10, tmp_path):
+    model = "resnext_11_2x8d"
+    arguments = ("train", "--data", "cifar10", "--root", cifar10, "--out", tmp_path, *QUICK, "--subset", "16")
+    output(capsys, *(model if argument == "wrn_8_1" else argument for argument in arguments), "--base-size", "8")
+    loaded = den.load(tmp_path / "checkpoint")
+    assert loaded.config["name"] == model
+    assert json.loads(output(capsys, "eval", tmp_path, "--root", cifar10, "--json"))
+
+
 def test_eval_agrees_with_the_summary_of_training(capsys, run):
     summary = json.loads((run / "summary.json").read_text())
     result = json.loads(output(capsys, "eval", run, "--json"))

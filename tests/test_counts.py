@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from den_cases import TINY_SELECTOR, conv_net, resnet, wrn
+from den_cases import MAKERS, RESIDUAL, TINY_SELECTOR, image_shape, wrn
 from torch.utils.flop_counter import FlopCounterMode
 
 import den
+import den_kernels as dk
 from den.flops import block_macs, fixed_macs, full_macs, selector_macs
 
 
@@ -26,6 +27,96 @@ def test_wrn_32_4(wrn_32_4):
     convs = [m for m in wrn_32_4.estimator.modules() if isinstance(m, torch.nn.Conv2d)]
     assert sum(conv.weight.numel() for conv in convs) == 7_345_584
     assert all(conv.bias is None for conv in convs)
+
+
+def on_meta(name: str, **more) -> den.DEN:
+    """A model without the memory of its weights: counting needs their shapes alone."""
+    with torch.device("meta"):
+        return den.create_model(name, {"a": 10}, **more)
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "count", "macs"),
+    [
+        ("resnet_42", 20, 29_787_840, 1_455_095_808),
+        ("resnext_29_8x64d", 9, 22_382_272, 3_390_767_104),
+        ("resnext_29_4x64d", 9, 11_192_000, 1_696_268_288),
+        ("resnext_29_2x64d", 9, 5_596_864, 849_018_880),
+        ("vgg_16", 9, 38_893_248, 417_005_568),
+        ("vgg_16d", 7, 33_584_832, 332_070_912),
+        ("resnet_50", 16, 23_454_912, 4_087_136_256),
+    ],
+)
+def test_whole_networks(name, blocks, count, macs):
+    """Sizes of the paper's tables; of the common VGG-16 and torchvision's ResNet-50 without biases, norms and head."""
+    model = on_meta(name)
+    size = model.estimator.image_size
+    assert model.num_blocks == blocks
+    assert den.count_parameters(model) == count
+    assert full_macs(model, size) == macs
+    full = [model.num_levels - 1] * blocks
+    assert den.count_parameters(model, full) == count
+    assert den.flops(model, full, size).tolist() == [2 * macs]
+    layers = [m for m in model.estimator.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
+    heads = sum(head.weight.numel() for head in model.estimator.heads.values())
+    assert sum(layer.weight.numel() for layer in layers) - heads == count
+
+
+def test_common_sizes_at_224():
+    """What torchvision prints for vgg16 and resnet50 (138,357,544 and 25,557,032), less biases, norms and head."""
+    vgg = on_meta("vgg_16d", base_size=224)
+    assert vgg.estimator.image_size == 224
+    assert den.count_parameters(vgg) == 138_357_544 - (4224 + 2 * 4096) - (4096 * 1000 + 1000)
+    assert den.count_parameters(on_meta("vgg_16d", image_size=224)) == 33_584_832  # entered at 32x32
+    resnet_50 = on_meta("resnet_50")
+    norms = [m for m in resnet_50.estimator.modules() if isinstance(m, dk.DENBatchNorm2d)]
+    affine = 2 * sum(norm.num_features for norm in norms)
+    assert den.count_parameters(resnet_50) == 25_557_032 - affine - (2048 * 1000 + 1000)
+
+
+def test_nested_net_on_resnet_42_averages_1_70_gflop():
+    """Table 2a: three tasks on a quarter, half and all of the channels."""
+    paths = torch.tensor([[1] * 20, [2] * 20, [3] * 20])
+    mean = den.flops(on_meta("resnet_42"), paths, 32).double().mean().item()
+    assert mean / 1e9 == pytest.approx(1.70, abs=0.005)
+    assert 2 * full_macs(on_meta("resnet_42"), 32) / 1e9 == pytest.approx(2.91, abs=0.005)
+
+
+def test_nested_net_on_resnext():
+    """Table 4: 2, 4 and 8 of 8 paths have 5.6M, 11.2M and 22.4M parameters; those of 2 and 4 paths are networks too."""
+    model = on_meta("resnext_29_8x64d")
+    counts = [den.count_parameters(model, [level] * 9) for level in range(4)]
+    assert counts == [1728, 5_596_864, 11_192_000, 22_382_272]
+    four = on_meta("resnext_29_4x64d")
+    assert [den.count_parameters(four, [level] * 9) for level in range(3)] == [1728, 5_596_864, 11_192_000]
+
+
+@pytest.mark.parametrize(("name", "size", "factor"), [("resnext_29_8x64d", 9.8, 2.3), ("resnext_29_4x64d", 5.6, 2.0)])
+def test_random_selectors_of_resnext(name, size, factor):
+    """Table 4: every level equally often."""
+    model = on_meta(name)
+    mean = sum(den.count_parameters(model, [level] * 9) for level in range(model.num_levels)) / model.num_levels
+    assert mean / 1e6 == pytest.approx(size, abs=0.05)
+    ratio = 1 / den.cost_ratios(model).mean().item()
+    assert ratio == pytest.approx(factor, abs=0.05)
+
+
+def test_half_of_vgg():
+    model = on_meta("vgg_16")
+    assert den.count_parameters(model, [1] * 9) / 1e6 == pytest.approx(19.45, abs=0.005)
+    assert den.cost_ratios(model).tolist() == [[0.25, 0.5, 1]] * 9
+    assert fixed_macs(model, 32) == 0
+
+
+def test_projections_cost_the_same_at_every_level():
+    model = on_meta("resnet_50")
+    projections = [64 * 256, 256 * 512, 512 * 1024, 1024 * 2048]
+    assert den.count_parameters(model, [0] * 16) == 7 * 7 * 3 * 64 + sum(projections)
+    macs_BL = block_macs(model, 224)
+    sizes = [56, 28, 14, 7]
+    for first, weights, size in zip((0, 3, 7, 13), projections, sizes, strict=True):
+        assert macs_BL[first, 0] == weights * size * size
+        assert (macs_BL[first + 1 : first + 3, 0] == 0).all()
 
 
 def test_level_costs_are_the_ratios(wrn_32_4):
@@ -85,18 +176,33 @@ def test_light_selector_costs_at_most_three_percent(name, base_size):
     assert 0 < selector_macs(model, base_size) <= 0.03 * full_macs(model, base_size)
 
 
-@pytest.mark.parametrize("make", [wrn, resnet, conv_net])
+@pytest.mark.parametrize("make", MAKERS)
 def test_flops_are_those_that_pytorch_counts(make):
     """The FLOP counter on the plain network of the same path, less its head."""
     model = make()
     generator = torch.Generator().manual_seed(0)
-    channels, size = (1, 28) if make is conv_net else (3, 16)
+    shape = image_shape(make)
+    if make in RESIDUAL:
+        shape = shape[0], 2 * shape[1], 2 * shape[2] - 3
     for _ in range(5):
         path = torch.randint(model.num_levels, (model.num_blocks,), generator=generator)
         network = den.dense(model, level=path)
         with FlopCounterMode(display=False) as counter:
-            network(torch.zeros(1, channels, size, size))
-        assert den.flops(model, path, size).item() == counter.get_total_flops() - 2 * network.head.weight.numel()
+            network(torch.zeros(1, *shape))
+        assert den.flops(model, path, shape[1:]).item() == counter.get_total_flops() - 2 * network.head.weight.numel()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("make", MAKERS)
+def test_flops_are_those_that_the_operators_ran(make, frozen):
+    """In a mixed batch, as the operators' own formulas tell from the widths that they were given."""
+    model = make()
+    x, level = torch.randn(5, *image_shape(make)), torch.randint(model.num_levels, (5, model.num_blocks))
+    run = den.freeze(model, backend="grouped") if frozen else model
+    with FlopCounterMode(display=False) as counter:
+        run(x, level=level)
+    heads = 2 * 5 * model.estimator.heads["a"].weight.numel()
+    assert den.flops(model, level, x.shape[2:]).sum().item() == counter.get_total_flops() - heads
 
 
 @pytest.mark.parametrize("pool", [1, 2, 3])

@@ -4,18 +4,19 @@ import copy
 
 import pytest
 import torch
-from den_cases import TWO_TASKS, conv_net, resnet, wrn
+from den_cases import MAKERS, RESIDUAL, TWO_TASKS, bottleneck, image_shape, resnext, wrn
+from torch.nn import functional as F
 
 import den
 import den_kernels as dk
+from den.blocks import FreezeOptions, freeze_block, shortcut
+from den.blocks.bottleneck import FrozenProjectionBlock
 
 BACKENDS = [name for name in dk.available_backends() if name != "triton"]
-MAKERS = [wrn, resnet, conv_net]
 
 
-def images(make, count: int, size: int | None = None) -> torch.Tensor:
-    channels, default = (1, 28) if make is conv_net else (3, 8)
-    return torch.randn(count, channels, size or default, size or default)
+def images(make, count: int) -> torch.Tensor:
+    return torch.randn(count, *image_shape(make))
 
 
 def close(ours: torch.Tensor, wanted: torch.Tensor) -> None:
@@ -59,7 +60,7 @@ def test_pooled_selectors_and_strided_stems(selector):
         close(out.logits, wanted.logits)
 
 
-@pytest.mark.parametrize("make", [wrn, resnet])
+@pytest.mark.parametrize("make", RESIDUAL)
 def test_shared_norms_and_full_levels(make):
     model = make(TWO_TASKS, bn="shared")
     frozen = den.freeze(model)
@@ -90,6 +91,36 @@ def test_batch_mates_change_nothing(make):
     assert torch.equal(frozen(others, level=paths).logits[4], logits[4])
 
 
+@pytest.mark.parametrize("make", [resnext, bottleneck])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_level_0_of_a_bottleneck_is_the_shortcut(make, backend):
+    for block in make().requires_grad_(False).estimator.blocks:
+        plan = dk.plan_levels(torch.tensor([[0], [3], [0], [1]]), 4).block(0)
+        x = torch.randn(4, block.in_channels, 7, 7).contiguous(memory_format=torch.channels_last)
+        y = freeze_block(block, FreezeOptions(torch.float32, True, backend))(x, *plan, 0)
+        if block.projection is None:
+            wanted = shortcut(x, block.stride, block.out_channels)
+            assert torch.equal(y[[0, 2]], wanted[[0, 2]])
+        else:
+            wanted = block.projection(x)
+            close(y[[0, 2]], wanted[[0, 2]])
+            assert (y[[0, 2]] < 0).any(), "a ReLU ran"
+        assert not torch.equal(y[[1, 3]], wanted[[1, 3]])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_projection_operator_by_operator(backend):
+    """The form for backends whose fused operator has parameter-free shortcuts only."""
+    for block in list(bottleneck(TWO_TASKS, task_norm="per_task").requires_grad_(False).estimator.blocks)[:2]:
+        frozen = FrozenProjectionBlock(block, block.projection, FreezeOptions(torch.float32, True, backend))
+        x = torch.randn(5, block.in_channels, 7, 7).contiguous(memory_format=torch.channels_last)
+        level = torch.tensor([0, 3, 0, 1, 2])
+        for set_index in (0, 1):
+            y = frozen(x, *dk.plan_levels(level[:, None], 4).block(0), set_index)
+            close(y, block(x, level, set_index))
+            assert torch.equal(y[[0, 2]], F.conv2d(x, *frozen.projection[set_index], block.stride)[[0, 2]])
+
+
 def test_frozen_is_a_copy_in_evaluation_mode():
     model = wrn().train()
     frozen = den.freeze(model)
@@ -117,7 +148,7 @@ def test_bfloat16(make):
     torch.testing.assert_close(out.float(), wanted, rtol=0.05, atol=0.05 * wanted.abs().max().item())
 
 
-@pytest.mark.parametrize("make", [wrn, resnet])
+@pytest.mark.parametrize("make", RESIDUAL)
 def test_empty_and_single_batches(make):
     frozen = den.freeze(make())
     assert frozen(images(make, 0)).logits.shape == (0, 5)
@@ -128,6 +159,7 @@ def test_empty_and_single_batches(make):
 def test_compile(make):
     model = make()
     frozen = den.freeze(model, backend="grouped")
+    torch.compiler.reset()  # else the models before this one count towards the limit of recompilations
     compiled = torch.compile(frozen, fullgraph=True, backend="aot_eager")
     x = images(make, 3)
     for _ in range(2):

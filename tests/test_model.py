@@ -2,19 +2,34 @@
 
 import pytest
 import torch
-from den_cases import TWO_TASKS, all_paths, conv_net, resnet, sliced_loop, wrn
+from den_cases import (
+    MAKERS,
+    RESIDUAL,
+    TWO_TASKS,
+    all_paths,
+    bottleneck,
+    conv_net,
+    image_shape,
+    resnet,
+    sliced_loop,
+    unused_weights,
+    vgg,
+    wrn,
+)
 from torch import nn
 
 import den
-from den.blocks import ConvPairBlock, ResidualBlock, shortcut
+import den_kernels as dk
+from den.blocks import BottleneckBlock, ConvPairBlock, LinearPairBlock, ResidualBlock, shortcut
 from den.selector import Selector
 
 
-@pytest.mark.parametrize("make", [wrn, resnet])
-@pytest.mark.parametrize("size", [8, 11, 16])
-def test_every_path_is_the_sliced_network(make, size):
+@pytest.mark.parametrize("make", RESIDUAL)
+@pytest.mark.parametrize("more", [0, 3, 8])
+def test_every_path_is_the_sliced_network(make, more):
     model = make(TWO_TASKS, task_norm="per_task").double()
     level = all_paths(model)
+    size = image_shape(make)[1] + more
     x = torch.randn(len(level), 3, size, size, dtype=torch.float64)
     for task in TWO_TASKS:
         out = model(x, task, level)
@@ -31,10 +46,11 @@ def test_shared_batch_norm_is_the_sliced_network_too():
     torch.testing.assert_close(model(x, level=level).logits, sliced_loop(model, x, level, "a"))
 
 
-def test_conv_pairs_are_sliced_networks():
-    model = conv_net(TWO_TASKS, task_norm="per_task").double()
+@pytest.mark.parametrize("make", [conv_net, vgg])
+def test_pairs_of_layers_are_sliced_networks(make):
+    model = make(TWO_TASKS, task_norm="per_task").double()
     level = all_paths(model)
-    x = torch.randn(len(level), 1, 28, 28, dtype=torch.float64)
+    x = torch.randn(len(level), *image_shape(make), dtype=torch.float64)
     for task in TWO_TASKS:
         out = model(x, task, level).logits
         for n, path in enumerate(level):
@@ -60,7 +76,22 @@ def test_level_0_is_bitwise_the_shortcut(preactivation, training):
     assert torch.equal(shortcut(x, 1, 8), x)
 
 
-@pytest.mark.parametrize("make", [wrn, resnet, conv_net])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("projection", [False, True])
+def test_level_0_of_a_bottleneck_is_bitwise_the_shortcut(projection, training):
+    block = BottleneckBlock(8, 8, 16, den.Hierarchy((0, 0.5, 1)), stride=2, projection=projection, backend="grouped")
+    block.train(training)
+    x = torch.randn(4, 8, 7, 7)
+    wanted = block.projection(x) if projection else shortcut(x, 2, 16)
+    y = block(x, torch.tensor([0, 2, 0, 1]))
+    same = y.view(torch.int32) == wanted.view(torch.int32)
+    assert same[[0, 2]].all()
+    assert (y[[0, 2]] < 0).any(), "a ReLU ran"
+    assert not same[1].all()
+    assert (y[[1, 3]] >= 0).all()
+
+
+@pytest.mark.parametrize("make", MAKERS)
 def test_batch_mates_change_nothing(make):
     """Bitwise, for one batch size: the same image and path among other images and paths.
 
@@ -69,8 +100,7 @@ def test_batch_mates_change_nothing(make):
     model = make()
     maps = []
     model.estimator.tail.register_forward_hook(lambda _, args, __: maps.append(args[0]))
-    channels, size = (1, 28) if make is conv_net else (3, 8)
-    x = torch.randn(6, channels, size, size)
+    x = torch.randn(6, *image_shape(make))
     level = torch.randint(model.num_levels, (6, model.num_blocks))
     logits = model(x, level=level).logits
     order = torch.tensor([3, 0, 5, 1, 4, 2])
@@ -81,28 +111,26 @@ def test_batch_mates_change_nothing(make):
     assert torch.equal(model(others, level=paths).logits[2], logits[2])
 
 
-@pytest.mark.parametrize("make", [wrn, resnet, conv_net])
+@pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("frozen", [False, True])
 def test_weights_of_groups_that_no_sample_runs_are_not_read(make, frozen):
     """NaN in them changes nothing: the work is left out, not masked."""
     model = make()
     path = [model.num_levels - 2] * model.num_blocks
-    channels, size = (1, 28) if make is conv_net else (3, 8)
-    x = torch.randn(2, channels, size, size)
+    x = torch.randn(2, *image_shape(make))
     wanted = model(x, level=path).logits
     with torch.no_grad():
         for block, level in zip(model.estimator.blocks, path, strict=True):
-            block.conv1.weight[block.widths[level] :] = torch.nan
-            block.conv2.weight[:, block.widths[level] :] = torch.nan
+            for weight in unused_weights(block, block.widths[level]):
+                weight.fill_(torch.nan)
     run = den.freeze(model) if frozen else model
     torch.testing.assert_close(run(x, level=path).logits, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [wrn, resnet, conv_net])
+@pytest.mark.parametrize("make", MAKERS)
 def test_autocast_trains(make):
     model = make().train()
-    channels, size = (1, 28) if make is conv_net else (3, 8)
-    x, level = torch.randn(3, channels, size, size), torch.randint(model.num_levels, (3, model.num_blocks))
+    x, level = torch.randn(3, *image_shape(make)), torch.randint(model.num_levels, (3, model.num_blocks))
     wanted = model(x, level=level).logits
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(x, level=level).logits
@@ -112,30 +140,45 @@ def test_autocast_trains(make):
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("make", [wrn, resnet])
+@pytest.mark.parametrize("make", RESIDUAL)
 def test_gradients_reach_the_groups_that_ran_and_no_others(make):
     model = make().train()
     level = torch.tensor([[0, 1, 2], [0, 1, 1], [0, 0, 1]])
-    model(torch.randn(3, 3, 8, 8), level=level).logits.square().sum().backward()
+    model(torch.randn(3, *image_shape(make)), level=level).logits.square().sum().backward()
     for block, top in zip(model.estimator.blocks, level.amax(0).tolist(), strict=True):
         width = block.widths[top]
-        first, second = block.conv1.weight.grad, block.conv2.weight.grad
-        assert first.shape == block.conv1.weight.shape
-        assert second.shape == block.conv2.weight.shape
-        assert (first[width:] == 0).all()
-        assert (second[:, width:] == 0).all()
-        for channel in range(width):
-            assert first[channel].abs().sum() > 0
-            assert second[:, channel].abs().sum() > 0
+        layers = [module for module in block.modules() if isinstance(module, dk.DENConv2d)]
+        for layer in layers:
+            assert layer.weight.grad.shape == layer.weight.shape
+        for layer in layers[:-1]:
+            assert (layer.weight.grad[width:] == 0).all()
+            assert (layer.weight.grad[:width].abs().amax((1, 2, 3)) > 0).all()
+        assert (layers[-1].weight.grad[:, width:] == 0).all()
+        assert (layers[-1].weight.grad[:, :width].abs().amax((0, 2, 3)) > 0).all()
     assert all(p.grad is not None for name, p in model.estimator.named_parameters() if "heads" not in name)
     assert all(p.grad is None for p in model.selector.parameters())
 
 
-@pytest.mark.parametrize("make", [wrn, resnet])
+@pytest.mark.parametrize("make", MAKERS)
+def test_training_lowers_the_loss(make):
+    model = make().train()
+    optimizer = torch.optim.SGD(model.estimator.parameters(), lr=0.02, momentum=0.9)
+    x, label = torch.randn(10, *image_shape(make)), torch.arange(10) % 5
+    level = torch.arange(10 * model.num_blocks).view(10, -1) % model.num_levels
+    losses = []
+    for _ in range(12):
+        losses.append(nn.functional.cross_entropy(model(x, level=level).logits, label))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("make", RESIDUAL)
 def test_gradients_are_those_of_the_sliced_network(make):
     model = make().double()
     level = torch.randint(4, (5, 3))
-    x = torch.randn(5, 3, 8, 8, dtype=torch.float64)
+    x = torch.randn(5, *image_shape(make), dtype=torch.float64)
     target = torch.randn(5, 5, dtype=torch.float64)
     parameters = list(model.estimator.parameters())
     ours = torch.autograd.grad((model(x, level=level).logits * target).sum(), parameters, allow_unused=True)
@@ -174,6 +217,22 @@ def test_statistics_of_levels_that_no_sample_took_stay():
     assert not _moved(second.norm1, before).any()
     assert not _moved(second.norm2, before).any()
     assert _moved(third.norm2, before).any(1).tolist() == [False, False, False, True]
+
+
+def test_statistics_of_a_bottleneck_are_over_the_samples_that_ran():
+    block = bottleneck().train().estimator.blocks[0]
+    before = _statistics(block)
+    x = torch.randn(4, 16, 6, 6)
+    block(x, torch.tensor([0, 2, 0, 1]))
+    for norm in (block.norm1, block.norm2):
+        assert _moved(norm, before)[0].tolist() == [channel < block.widths[2] for channel in range(64)]
+    assert _moved(block.norm3, before).any(1).tolist() == [False, True, True, False]
+    a = block.conv1(x[[1, 3]])[:, : block.widths[1]]
+    wanted = 0.9 * before[block.norm1][0][0, : block.widths[1]] + 0.1 * a.mean((0, 2, 3))
+    torch.testing.assert_close(block.norm1.running_mean[0, : block.widths[1]], wanted, rtol=1e-5, atol=1e-6)
+    projected = block.projection.conv(x)
+    wanted = 0.9 * before[block.projection.norm][0][0] + 0.1 * projected.mean((0, 2, 3))
+    torch.testing.assert_close(block.projection.norm.running_mean[0], wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_preactivation_statistics_are_over_the_samples_that_ran():
@@ -235,20 +294,20 @@ def test_levels_may_be_one_path_a_list_or_any_integers():
         assert out.level.shape == (2, 3)
 
 
-@pytest.mark.parametrize("make", [wrn, resnet])
+@pytest.mark.parametrize("make", RESIDUAL)
 def test_empty_and_single_batches(make):
     model = make()
-    assert model(torch.zeros(0, 3, 8, 8)).logits.shape == (0, 5)
-    assert model(torch.zeros(1, 3, 8, 8)).level_probs.shape == (1, 3, 4)
+    assert model(torch.zeros(0, *image_shape(make))).logits.shape == (0, 5)
+    assert model(torch.zeros(1, *image_shape(make))).level_probs.shape == (1, 3, 4)
 
 
-@pytest.mark.parametrize("make", [wrn, resnet, conv_net])
+@pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("how", ["compile", "export"])
 def test_compile_and_export_take_the_levels_as_input(make, how):
     model = make().requires_grad_(False)
-    channels, size = (1, 28) if make is conv_net else (3, 8)
-    x = torch.randn(3, channels, size, size)
+    x = torch.randn(3, *image_shape(make))
     if how == "compile":
+        torch.compiler.reset()  # else the models before this one count towards the limit of recompilations
         graph = torch.compile(model, fullgraph=True, backend="aot_eager")
     else:
         graph = torch.export.export(model, (x, "a", torch.zeros(3, model.num_blocks, dtype=torch.int64))).module()
@@ -318,6 +377,11 @@ def test_a_selector_of_the_callers_own():
 def test_list_models():
     assert den.list_models("wrn_32*") == ["wrn_32_1", "wrn_32_2", "wrn_32_4", "wrn_32_8"]
     assert {"wrn_32_4", "simple_conv_net", "simple_conv_net_84", "simple_conv_net_224"} <= set(den.list_models())
+    assert den.list_models("resne*") == [
+        *("resnet_10", "resnet_18", "resnet_26", "resnet_34", "resnet_42", "resnet_50", "resnet_101", "resnet_152"),
+        *("resnext_29_2x64d", "resnext_29_4x64d", "resnext_29_8x64d", "resnext_29_16x64d"),
+    ]
+    assert den.list_models("vgg*") == ["vgg_16", "vgg_16d"]
     assert den.list_models("no*") == []
 
 
@@ -328,6 +392,13 @@ def test_list_models():
         ({"name": "wrn_33_4"}, ValueError, r"6n \+ 2"),
         ({"name": "wrn_32_0"}, ValueError, "factor"),
         ({"name": "wrn_2_1"}, ValueError, r"6n \+ 2"),
+        ({"name": "resnet_44"}, ValueError, r"8n \+ 2"),
+        ({"name": "resnet_2"}, ValueError, r"8n \+ 2"),
+        ({"name": "resnext_28_4x64d"}, ValueError, r"9n \+ 2"),
+        ({"name": "resnext_29_4x0d"}, ValueError, "channels a path"),
+        ({"name": "resnext_29_2x4d", "ratios": (0, 0.25, 0.5, 1)}, ValueError, "8 channels in 2 groups"),
+        ({"name": "vgg_16", "ratios": (0, 1)}, ValueError, "above 0 here"),
+        ({"name": "vgg_16d", "image_size": 16, "base_size": 16}, ValueError, "needs at least 32"),
         ({"name": 3}, TypeError, "name is 3"),
         ({"tasks": {}}, ValueError, "tasks is empty"),
         ({"tasks": ["a"]}, TypeError, "tasks is"),
@@ -391,14 +462,25 @@ def test_forward_names_what_is_wrong(arguments, error, message, frozen):
         model(**{"x": X, "task": "a", **arguments})
 
 
-def test_conv_net_asks_for_its_image_size():
-    with pytest.raises(ValueError, match=r"last map of 2x2.*made for 1x1.*image_size"):
-        conv_net()(torch.zeros(1, 1, 40, 40))
+@pytest.mark.parametrize("frozen", [False, True])
+def test_fully_connected_layers_ask_for_their_image_size(frozen):
+    for model, x, shapes in (
+        (conv_net(), torch.zeros(1, 1, 40, 40), "2x2.*made for 1x1"),
+        (vgg(), torch.zeros(1, 3, 12, 12), "3x3.*made for 2x2"),
+    ):
+        with pytest.raises(ValueError, match=rf"last map of {shapes}.*image_size"):
+            (den.freeze(model) if frozen else model)(x)
 
 
 def test_blocks_name_what_is_wrong():
     with pytest.raises(ValueError, match="out_channels is 8, below in_channels 16"):
         ResidualBlock(16, 8, den.Hierarchy((0, 1)))
-    with pytest.raises(ValueError, match="above 0 here"):
-        ConvPairBlock(3, 8, 8, den.Hierarchy((0, 1)))
+    with pytest.raises(ValueError, match=r"out_channels is 8, below in_channels 16.*projection=True"):
+        BottleneckBlock(16, 8, 8, den.Hierarchy((0, 1)))
+    assert BottleneckBlock(16, 8, 8, den.Hierarchy((0, 1)), projection=True).widths == (0, 8)
+    with pytest.raises(ValueError, match=r"8 channels in 2 groups the widths \(4, 4, 8\)"):
+        BottleneckBlock(8, 8, 8, den.Hierarchy((0.25, 0.5, 1)), groups=2)
+    for make in (lambda h: ConvPairBlock(3, 8, 8, h), lambda h: LinearPairBlock(3, (1, 1), 8, 8, h)):
+        with pytest.raises(ValueError, match="above 0 here"):
+            make(den.Hierarchy((0, 1)))
     assert "widths=(0, 8)" in repr(ResidualBlock(8, 8, den.Hierarchy((0, 1))))

@@ -81,15 +81,92 @@ def test_bad_levels_are_named() -> None:
             conv(x, level)
 
 
-def test_linear_runs_prefixes() -> None:
-    layer = dk.DENLinear(6, 4, in_widths=(0, 3, 6), out_widths=(2, 2, 4))
-    x = torch.randn(3, 6)
-    y = layer(x, torch.tensor([0, 1, 2]))
-    torch.testing.assert_close(y[0, :2], layer.bias[:2])
-    torch.testing.assert_close(y[1, :2], F.linear(x[1, :3], layer.weight[:2, :3], layer.bias[:2]))
-    torch.testing.assert_close(y[2], F.linear(x[2], layer.weight, layer.bias))
-    assert (y[:2, 2:] == 0).all()
-    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+BACKENDS = [name for name in dk.available_backends() if name not in ("reference", "triton")]
+
+
+def elastic_linear(backend: str, dtype: torch.dtype, bias: bool = True, unit: int = 7) -> tuple[dk.DENLinear, dict]:
+    """A layer of 3 -> 4 units of features, elastic on both sides, and the levels and widths of 9 rows."""
+    torch.manual_seed(0)
+    tables = {"in_widths": (0, unit, 2 * unit, 3 * unit), "out_widths": (unit, unit, 2 * unit, 4 * unit)}
+    layer = dk.DENLinear(3 * unit, 4 * unit, bias, dtype=dtype, backend=backend, **tables)
+    level = torch.tensor([3, 0, 2, 1, 1, 3, 2, 0, 2])
+    widths = {name[:-1]: torch.tensor(table)[level] for name, table in tables.items()}
+    return layer, {"level": level, **widths}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_linear_is_the_reference_in_value_and_gradient(backend: str, bias: bool) -> None:
+    layer, case = elastic_linear(backend, torch.float32, bias)
+    x = torch.randn(9, 21, requires_grad=True)
+    leaves = {"dx": x, "dweight": layer.weight, **({"dbias": layer.bias} if bias else {})}
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves.values()]
+    wanted = dk.reference.den_linear(
+        *exact[:2], exact[2] if bias else None, in_width=case["in_width"], out_width=case["out_width"]
+    )
+    y = layer(x, case["level"])
+    torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-6)
+    beyond = torch.arange(28) >= case["out_width"][:, None]
+    assert (y[beyond] == 0).all()
+    grad = torch.randn(9, 28)
+    wanted_grads = torch.autograd.grad(wanted, exact, grad.double())
+    for name, ours, theirs in zip(leaves, torch.autograd.grad(y, [*leaves.values()], grad), wanted_grads, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_linear_reference_is_the_masked_layer() -> None:
+    """Widths as zeros: on both sides of an ordinary layer."""
+    layer, case = elastic_linear("reference", torch.float64)
+    x = torch.randn(9, 21, dtype=torch.float64)
+    reads, writes = (torch.arange(n) < case[name][:, None] for n, name in ((21, "in_width"), (28, "out_width")))
+    wanted = F.linear(x * reads, layer.weight, layer.bias) * writes
+    ours = dk.reference.den_linear(x, layer.weight, layer.bias, case["in_width"], case["out_width"])
+    torch.testing.assert_close(ours, wanted)
+    assert torch.equal(dk.reference.den_linear(x[:0], layer.weight, layer.bias), x.new_empty(0, 28))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_linear_reads_nothing_beyond_the_widths_and_knows_no_batch_mates(backend: str) -> None:
+    # A unit of 16: with odd ones PyTorch's own 1x1 convolution, which `grouped` calls, rounds by a row's place.
+    layer, case = elastic_linear(backend, torch.float32, unit=16)
+    x, level = torch.randn(9, 48), case["level"]
+    y = layer(x, level)
+    poisoned = torch.where(torch.arange(48) < case["in_width"][:, None], x, torch.nan)
+    assert torch.equal(layer(poisoned, level), y)
+    order = torch.tensor([4, 8, 0, 2, 6, 1, 3, 7, 5])
+    assert torch.equal(layer(x[order], level[order]), y[order])
+    others, levels = torch.randn_like(x), torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 3])
+    others[6], levels[6] = x[6], level[6]
+    assert torch.equal(layer(others, levels)[6], y[6])
+
+
+def test_linear_weight_gradient_of_features_that_no_row_ran_is_zero() -> None:
+    layer, _ = elastic_linear("auto", torch.float32)
+    layer(torch.randn(4, 21), torch.tensor([0, 1, 1, 2])).square().sum().backward()
+    assert (layer.weight.grad[14:] == 0).all()
+    assert (layer.weight.grad[:, 14:] == 0).all()
+    assert (layer.bias.grad[14:] == 0).all()
+    assert (layer.weight.grad[:14, 7:14].abs().sum(1) > 0).all()
+
+
+def test_linear_without_level_is_nn_linear() -> None:
+    layer, _ = elastic_linear("grouped", torch.float32)
+    plain = nn.Linear(21, 28)
+    assert layer.state_dict().keys() == plain.state_dict().keys()
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 3, 21)
+    assert torch.equal(layer(x), plain(x))
+    torch.testing.assert_close(layer(x[0], 3), plain(x[0]))
+    assert "in_widths=(0, 7, 14, 21)" in repr(layer)
+    assert layer.num_levels == 4
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x[0], 3).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"x has shape \(2, 3, 21\)"):
+        layer(x, 3)
+    with pytest.raises(ValueError, match="out_widths is"):
+        dk.DENLinear(4, 8, out_widths=(4, 2, 8))
+    with pytest.raises(ValueError, match="in_widths has 1 levels, but out_widths has 2"):
+        dk.DENLinear(4, 8, in_widths=(4,), out_widths=(4, 8))
 
 
 def batch_norm_by_loop(x, level, width, weight, bias, num_levels, eps):
