@@ -9,8 +9,8 @@ from torch import Tensor
 
 import den_kernels as dk
 from benchmarks import cases
-from benchmarks.engines import InProcess, assert_close, need_backend, take_turns
-from benchmarks.table import row
+from benchmarks.engines import CLOCK, InProcess, assert_close, need_backend, take_turns
+from benchmarks.table import Row, Time
 
 BUDGET_S = {1: 0.3, 8: 0.4, 64: 1.0, 256: 4.0}
 CHECKED = 4
@@ -91,6 +91,7 @@ def reference(case: cases.BlockCase, w: Weights, x: Tensor, level: Tensor) -> Te
     )
 
 
+@pytest.mark.benchmark(timer=CLOCK)
 @pytest.mark.parametrize("mix", ["full", "uniform", "level2"])
 @pytest.mark.parametrize("backend", ["cpu"])
 @pytest.mark.parametrize("case", cases.BLOCKS, ids=lambda case: case.name)
@@ -118,8 +119,22 @@ def test_block(benchmark, rows, case: cases.BlockCase, backend: str, batch: int,
         assert_close(engine.name, engine.result()[some], expected, tolerance)
     assert_close(dense.name, dense.result()[some], reference(case, w, x[some], top[some]), tolerance)
 
-    medians = take_turns(benchmark, elastic[0], [*elastic[1:], dense], BUDGET_S[batch])
-    if medians:
+    measured = take_turns(benchmark, [*elastic, dense], BUDGET_S[batch])
+    if measured:
         macs = torch.tensor(case.macs(), dtype=torch.float64)
         ratio = (macs[-1] / macs[level[:, 0]].mean()).item()
-        rows.append(row("block", case.name, backend, "float32", batch, mix, ratio, medians, [dense.name]))
+        times = {name: Time.of(seconds) for name, seconds in measured.seconds.items()}
+        rows.append(
+            Row(
+                "block",
+                case.name,
+                elastic[0].name,
+                "float32",
+                batch,
+                mix,
+                ratio,
+                times,
+                [dense.name],
+                measured.disturbance,
+            )
+        )

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import den_kernels as dk
 from benchmarks import cases
-from benchmarks.engines import InProcess, assert_close, need_backend, take_turns
-from benchmarks.table import row
+from benchmarks.engines import CLOCK, InProcess, assert_close, need_backend, take_turns
+from benchmarks.table import Row, Time
 
 BUDGET_S = {1: 0.2, 8: 0.3, 64: 0.7, 256: 3.0}
 CHECKED = 4
@@ -27,6 +27,7 @@ def widths(case: cases.ConvCase, level: Tensor) -> tuple[Tensor | None, Tensor |
     return inside, outside, share
 
 
+@pytest.mark.benchmark(timer=CLOCK)
 @pytest.mark.parametrize("mix", ["full", "uniform"])
 @pytest.mark.parametrize("backend", ["cpu"])
 @pytest.mark.parametrize("case", cases.CONVS, ids=lambda case: case.name)
@@ -58,7 +59,21 @@ def test_conv(benchmark, rows, case: cases.ConvCase, backend: str, batch: int, m
     full = F.conv2d(x[some].double(), weight.double(), None, **geometry)
     assert_close(dense.name, dense.result()[some], full, cases.TOLERANCE[x.dtype])
 
-    medians = take_turns(benchmark, elastic[0], [*elastic[1:], dense], BUDGET_S[batch])
-    if medians:
+    measured = take_turns(benchmark, [*elastic, dense], BUDGET_S[batch])
+    if measured:
         ratio = (1 / share.mean()).item()
-        rows.append(row("conv", case.name, backend, "float32", batch, mix, ratio, medians, [dense.name]))
+        times = {name: Time.of(seconds) for name, seconds in measured.seconds.items()}
+        rows.append(
+            Row(
+                "conv",
+                case.name,
+                elastic[0].name,
+                "float32",
+                batch,
+                mix,
+                ratio,
+                times,
+                [dense.name],
+                measured.disturbance,
+            )
+        )
