@@ -17,13 +17,14 @@ from den_kernels.backends import available_backends, load
 RUNTIMES = ("onnxruntime", "openvino")
 
 
-def conditions(threads: int) -> dict[str, str | int]:
-    """What the figures depend on besides the code; `threads` is what every engine was given."""
+def conditions(threads: int, clock: str) -> dict[str, str | int]:
+    """What the figures depend on besides the code; threads and clock are every engine's."""
     isas = load("cpu").supported_isas() if "cpu" in available_backends() else ()
-    facts: dict[str, str | int] = {
+    return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count() or 0,
         "threads": threads,
+        "clock": clock,
         "python": platform.python_version(),
         "torch": torch.__version__,
         **{name: version(name) for name in RUNTIMES},
@@ -32,7 +33,6 @@ def conditions(threads: int) -> dict[str, str | int]:
         "cpu_kernels": isas[0] if isas else "none",
         "date": datetime.date.today().isoformat(),
     }
-    return facts
 
 
 def version(package: str) -> str:

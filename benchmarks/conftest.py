@@ -12,6 +12,7 @@ from benchmarks.cases import BATCHES, MIXES, MODELS
 from benchmarks.lineup import DENSE, SUBJECTS, Bench
 from benchmarks.conditions import conditions
 from benchmarks.table import Row, as_text, skip_shares, write_json
+from benchmarks.worker import CLOCKS
 
 _ROWS = pytest.StashKey[list[Row]]()
 _MODELS = {case.name: case for case in MODELS}
@@ -47,11 +48,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     choice("--mixes", "level mixes", MIXES, MIXES)
     choice("--engines", "dense opponents", DENSE, DENSE)
     group.addoption("--threads", type=int, default=torch.get_num_threads(), help="of every engine (default: torch's)")
+    group.addoption(
+        "--clock", choices=CLOCKS, default="wall", help="cpu, with --threads 1: processor time, on a machine in use"
+    )
     group.addoption("--table-json", type=Path, metavar="PATH", help="write the efficiency table as JSON")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_ROWS] = []
+    threads = config.getoption("--threads")
+    if config.getoption("--clock") == "cpu" and threads != 1:
+        raise pytest.UsageError(f"--clock cpu adds up all threads: it takes --threads 1, not {threads}")
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -60,10 +68,17 @@ def rows(request: pytest.FixtureRequest) -> list[Row]:
     return request.config.stash[_ROWS]
 
 
+@pytest.fixture
+def clock(request: pytest.FixtureRequest) -> str:
+    """What engines of this process measure with."""
+    return request.config.getoption("--clock")
+
+
 @pytest.fixture(scope="session")
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """The engines' processes."""
-    made = Bench(tmp_path_factory.mktemp("inputs"), request.config.getoption("--threads"))
+    option = request.config.getoption
+    made = Bench(tmp_path_factory.mktemp("inputs"), option("--threads"), option("--clock"))
     yield made
     made.close()
 
@@ -86,7 +101,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     rows = config.stash[_ROWS]
     if not rows:
         return
-    facts = conditions(config.getoption("--threads"))
+    facts = conditions(config.getoption("--threads"), config.getoption("--clock"))
     terminalreporter.section("efficiency")
     for line in (*as_text(rows, facts), "", *skip_shares(rows)):
         terminalreporter.write_line(line)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.conditions import Disturbance
-from benchmarks.worker import SHORT_CALL_S, Job, Worker
+from benchmarks.worker import CLOCKS, SHORT_CALL_S, Job, Worker, timed
 from den_kernels.backends import load
 
 MAX_ROUNDS = 25
@@ -43,10 +42,10 @@ class Engine(Protocol):
 
 
 class InProcess:
-    """An engine that is a function of no arguments in this process."""
+    """An engine that is a function of no arguments in this process. clock: of `benchmarks.worker.CLOCKS`."""
 
-    def __init__(self, name: str, run: Callable[[], Tensor], *, dense: bool = False):
-        self.name, self.run, self.dense = name, run, dense
+    def __init__(self, name: str, run: Callable[[], Tensor], *, dense: bool = False, clock: str = "wall"):
+        self.name, self.run, self.dense, self.clock = name, run, dense, CLOCKS[clock]
         self._short = True
 
     @torch.inference_mode()
@@ -55,13 +54,7 @@ class InProcess:
 
     @torch.inference_mode()
     def time(self, calls: int) -> list[float]:
-        if self._short:
-            self.run()
-        seconds = []
-        for _ in range(calls):
-            start = time.perf_counter()
-            self.run()
-            seconds.append(time.perf_counter() - start)
+        seconds = timed(self.run, calls, self.clock, self._short)
         self._short = seconds[-1] < SHORT_CALL_S
         return seconds
 
@@ -83,6 +76,10 @@ class InWorker:
 
     def time(self, calls: int) -> list[float]:
         return self._worker.time(calls)
+
+    def peak_bytes(self) -> int:
+        """Most bytes by which the process grew during one run."""
+        return self._worker.peak_bytes()
 
 
 def need_backend(name: str, dtype: torch.dtype = torch.float32) -> None:

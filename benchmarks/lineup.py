@@ -5,6 +5,7 @@ N samples, B blocks.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 from collections.abc import Mapping
@@ -92,10 +93,15 @@ DENSE = {
 
 
 class Bench:
-    """The engines of one model and dtype, each in a process that stays for all their cases, and their input files."""
+    """The engines of one model and dtype, each in a process that stays for all their cases, and their input files.
 
-    def __init__(self, folder: Path, threads: int):
-        self.threads = threads
+    folder: of the files. threads, clock, environment: of every process; see `Worker`.
+    """
+
+    def __init__(
+        self, folder: Path, threads: int, clock: str = "wall", environment: Mapping[str, str] | None = None
+    ) -> None:
+        self._start = functools.partial(Worker, threads, clock, environment)
         self._folder = folder
         self._family: tuple[str, str] | None = None
         self._workers: dict[str, Worker] = {}
@@ -143,7 +149,7 @@ class Bench:
         level = None if level_NB is None else tuple(map(tuple, level_NB.tolist()))
         job = Job(build, case.name, dtype, self._images(case, batch), level, options or {})
         if label not in self._workers:
-            self._workers[label] = Worker(self.threads)
+            self._workers[label] = self._start()
         return InWorker(label, self._workers[label], job, dense=dense)
 
     def _images(self, case: ModelCase, batch: int) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 # Behind this ratio nearly nothing is left to run, and a quotient of two small numbers says nothing.
 LARGEST_RATIO = 20.0
 SELECTOR = "+selector"
+CLOCK_NAMES = {"wall": "wall time", "cpu": "processor time"}
 
 Conditions = Mapping[str, Any]
 
@@ -127,7 +128,7 @@ def headline(rows: Sequence[Row], conditions: Conditions) -> list[str]:
     lines = [
         f"{facts['cpu']}, {facts['threads']} threads of {facts['cores']} cores, {facts['date']}; "
         f"torch {facts['torch']}, ONNX Runtime {facts['onnxruntime']}, OpenVINO {facts['openvino']}; "
-        f"cpu kernels {facts['cpu_kernels']}.",
+        f"cpu kernels {facts['cpu_kernels']}; {CLOCK_NAMES[facts['clock']]}.",
         "Medians of runs taken in turn, results checked first. speed-up = dense / DEN; efficiency = speed-up / FLOP "
         "ratio; dense is the fastest dense engine of that dtype. FLOPs are the estimator's: the selector's time is "
         "pure cost.",

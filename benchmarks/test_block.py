@@ -49,7 +49,7 @@ def fused(case: cases.BlockCase, w: Weights, backend: str) -> dk.FusedResidualBl
     return block
 
 
-def dense_engine(case: cases.BlockCase, w: Weights, x: Tensor) -> InProcess:
+def dense_engine(case: cases.BlockCase, w: Weights, x: Tensor, clock: str) -> InProcess:
     """The top level in plain PyTorch, channels_last, the norms folded into the convolutions."""
     folded = [
         (weight * scale[-1].view(-1, 1, 1, 1)).contiguous(memory_format=torch.channels_last)
@@ -71,7 +71,7 @@ def dense_engine(case: cases.BlockCase, w: Weights, x: Tensor) -> InProcess:
         h = h.add_(dk.reference.shortcut(x, case.channels[2], step))
         return h if case.preactivation else F.relu_(h)
 
-    return InProcess("torch eager", run, dense=True)
+    return InProcess("torch eager", run, dense=True, clock=clock)
 
 
 def reference(case: cases.BlockCase, w: Weights, x: Tensor, level: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def reference(case: cases.BlockCase, w: Weights, x: Tensor, level: Tensor) -> Te
 @pytest.mark.parametrize("mix", ["full", "uniform", "level2"])
 @pytest.mark.parametrize("backend", ["cpu"])
 @pytest.mark.parametrize("case", cases.BLOCKS, ids=lambda case: case.name)
-def test_block(benchmark, rows, case: cases.BlockCase, backend: str, batch: int, mix: str) -> None:
+def test_block(benchmark, rows, clock: str, case: cases.BlockCase, backend: str, batch: int, mix: str) -> None:
     need_backend(backend)
     w = Weights(case)
     x = torch.randn(batch, case.channels[0], case.size, case.size).contiguous(memory_format=torch.channels_last)
@@ -107,10 +107,10 @@ def test_block(benchmark, rows, case: cases.BlockCase, backend: str, batch: int,
 
     def elastic_engine(name: str) -> InProcess:
         block = fused(case, w, name)
-        return InProcess(f"den[{name}]", lambda: block(x, *plan))
+        return InProcess(f"den[{name}]", lambda: block(x, *plan), clock=clock)
 
     elastic = [elastic_engine(backend), elastic_engine("grouped")]
-    dense = dense_engine(case, w, x)
+    dense = dense_engine(case, w, x, clock)
 
     some = slice(0, None, max(1, batch // CHECKED))
     tolerance = cases.TOLERANCE[x.dtype]

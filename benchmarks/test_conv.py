@@ -31,7 +31,7 @@ def widths(case: cases.ConvCase, level: Tensor) -> tuple[Tensor | None, Tensor |
 @pytest.mark.parametrize("mix", ["full", "uniform"])
 @pytest.mark.parametrize("backend", ["cpu"])
 @pytest.mark.parametrize("case", cases.CONVS, ids=lambda case: case.name)
-def test_conv(benchmark, rows, case: cases.ConvCase, backend: str, batch: int, mix: str) -> None:
+def test_conv(benchmark, rows, clock: str, case: cases.ConvCase, backend: str, batch: int, mix: str) -> None:
     need_backend(backend)
     if batch == 1 and mix == "uniform":
         pytest.skip("one sample has one level, not a mix")
@@ -45,11 +45,13 @@ def test_conv(benchmark, rows, case: cases.ConvCase, backend: str, batch: int, m
 
     def elastic_engine(name: str) -> InProcess:
         return InProcess(
-            f"den[{name}]", lambda: dk.den_conv2d(x, weight, None, inside, outside, backend=name, **geometry)
+            f"den[{name}]",
+            lambda: dk.den_conv2d(x, weight, None, inside, outside, backend=name, **geometry),
+            clock=clock,
         )
 
     elastic = [elastic_engine(backend), elastic_engine("grouped")]
-    dense = InProcess("torch eager", lambda: F.conv2d(x, weight, None, **geometry), dense=True)
+    dense = InProcess("torch eager", lambda: F.conv2d(x, weight, None, **geometry), dense=True, clock=clock)
 
     some = slice(0, None, max(1, batch // CHECKED))
     part = [None if w is None else w[some] for w in (inside, outside)]

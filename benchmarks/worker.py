@@ -5,7 +5,7 @@ engine whose turn it is. So an engine is a process that is blocked in a read whe
 request for time only when its own threads have gone to sleep. This module imports no torch, nor do the runtimes'
 processes.
 
-    python -m benchmarks.worker FD          the child's side of the connection FD, started by `Worker`
+    python -m benchmarks.worker FD THREADS CLOCK         the child's side of the connection FD, started by `Worker`
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT_CALL_S = 0.05
+# "cpu", the processor time of the process, is for one thread on a machine that others use too.
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 # What a caller's shell may say about spinning and pools: every engine gets the libraries' own defaults instead.
 SHELL_SETTINGS = ("OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "ORT_", "OV_")
 
@@ -55,15 +57,18 @@ class Job:
 
 
 class Worker:
-    """A process with one engine. It ends with `close`, or with its parent."""
+    """A process with one engine. It ends with `close`, or with its parent.
 
-    def __init__(self, threads: int, environment: Mapping[str, str] | None = None):
+    clock: of `CLOCKS`. environment: variables to set besides.
+    """
+
+    def __init__(self, threads: int, clock: str = "wall", environment: Mapping[str, str] | None = None):
         kept = {name: value for name, value in os.environ.items() if not name.startswith(SHELL_SETTINGS)}
         # Inductor's own pool of compilers would go on living beside the engines.
         fixed = {"OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         self._connection, child = Pipe()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker", str(child.fileno()), str(threads)],
+            [sys.executable, "-m", "benchmarks.worker", str(child.fileno()), str(threads), clock],
             cwd=ROOT,
             env={**kept, **fixed, **(environment or {})},
             pass_fds=[child.fileno()],
@@ -119,8 +124,8 @@ class Worker:
 class Served:
     """The child's side: the engine and the requests that it answers."""
 
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
+    def __init__(self, threads: int, clock: str) -> None:
+        self.threads, self.clock = threads, CLOCKS[clock]
         self._run: Callable[[], Any] | None = None
         self._short = True
 
@@ -140,14 +145,7 @@ class Served:
         return np.array(self.run(), dtype=np.float32)
 
     def time(self, calls: int) -> list[float]:
-        run = self.run
-        if self._short:
-            run()
-        seconds = []
-        for _ in range(calls):
-            start = time.perf_counter()
-            run()
-            seconds.append(time.perf_counter() - start)
+        seconds = timed(self.run, calls, self.clock, self._short)
         self._short = seconds[-1] < SHORT_CALL_S
         settle()
         return seconds
@@ -157,6 +155,18 @@ class Served:
         before = _status_bytes("VmRSS")
         self.run()
         return _status_bytes("VmHWM") - before
+
+
+def timed(run: Callable[[], Any], calls: int, clock: Callable[[], float], warm_up: bool) -> list[float]:
+    """Seconds of each of `calls` runs, behind an untimed one if asked for."""
+    if warm_up:
+        run()
+    seconds = []
+    for _ in range(calls):
+        start = clock()
+        run()
+        seconds.append(clock() - start)
+    return seconds
 
 
 def settle() -> None:
@@ -175,9 +185,9 @@ def _status_bytes(name: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {name}")
 
 
-def serve(connection: Connection, threads: int) -> None:
+def serve(connection: Connection, threads: int, clock: str) -> None:
     """Answer until the parent is gone."""
-    served = Served(threads)
+    served = Served(threads, clock)
     while True:
         try:
             request, argument = connection.recv()
@@ -194,5 +204,6 @@ def serve(connection: Connection, threads: int) -> None:
 
 if __name__ == "__main__":
     # `benchmarks.worker`, not `__main__`: builders raise that module's Unusable, and jobs are of its class.
-    importlib.import_module("benchmarks.worker").serve(Connection(int(sys.argv[1])), int(sys.argv[2]))
+    serving = importlib.import_module("benchmarks.worker")
+    serving.serve(Connection(int(sys.argv[1])), int(sys.argv[2]), sys.argv[3])
     os._exit(0)  # nothing is left to save, and the libraries' own farewells take a second
