@@ -66,18 +66,17 @@ SUBJECTS = {
 
 @dataclass(frozen=True)
 class Opponent:
-    """A dense engine. package: what must be installed for it, None for nothing."""
+    """A dense engine. packages: what must be installed for it besides torch."""
 
     label: str
     build: str
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    package: str | None = None
+    packages: tuple[str, ...] = ()
 
     def missing(self) -> str | None:
         """Why it cannot run here, None when it can."""
-        if self.package is None or importlib.util.find_spec(self.package):
-            return None
-        return f"{self.package} is not installed: pip install {self.package}, or den-kernels[peers]"
+        absent = [name for name in self.packages if importlib.util.find_spec(name) is None]
+        return f"{' and '.join(absent)} not installed: pip install 'den-kernels[peers]'" if absent else None
 
 
 _TORCH, _RUNTIMES = "benchmarks.torch_engines", "benchmarks.runtime_engines"
@@ -86,9 +85,9 @@ _TORCH, _RUNTIMES = "benchmarks.torch_engines", "benchmarks.runtime_engines"
 DENSE = {
     "eager": Opponent("torch eager", f"{_TORCH}:eager"),
     "compile": Opponent("torch.compile", f"{_TORCH}:compiled"),
-    "onnxruntime": Opponent("ONNX Runtime", f"{_RUNTIMES}:onnxruntime", ("float32",), "onnxruntime"),
-    "openvino": Opponent("OpenVINO", f"{_RUNTIMES}:openvino", package="openvino"),
-    "openvino-streams": Opponent("OpenVINO streams", f"{_RUNTIMES}:openvino_streams", package="openvino"),
+    "onnxruntime": Opponent("ONNX Runtime", f"{_RUNTIMES}:onnxruntime", ("float32",), ("onnx", "onnxruntime")),
+    "openvino": Opponent("OpenVINO", f"{_RUNTIMES}:openvino", packages=("onnx", "openvino")),
+    "openvino-streams": Opponent("OpenVINO streams", f"{_RUNTIMES}:openvino_streams", packages=("onnx", "openvino")),
 }
 
 
