@@ -51,6 +51,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--clock", choices=CLOCKS, default="wall", help="cpu, with --threads 1: processor time, on a machine in use"
     )
+    group.addoption(
+        "--engine-env", action="append", default=[], metavar="NAME=VALUE", help="a variable for every engine's process"
+    )
     group.addoption("--table-json", type=Path, metavar="PATH", help="write the efficiency table as JSON")
 
 
@@ -59,6 +62,8 @@ def pytest_configure(config: pytest.Config) -> None:
     threads = config.getoption("--threads")
     if config.getoption("--clock") == "cpu" and threads != 1:
         raise pytest.UsageError(f"--clock cpu adds up all threads: it takes --threads 1, not {threads}")
+    if not all("=" in setting for setting in config.getoption("--engine-env")):
+        raise pytest.UsageError(f"--engine-env takes NAME=VALUE, not {config.getoption('--engine-env')}")
     torch.set_num_threads(threads)
 
 
@@ -78,7 +83,8 @@ def clock(request: pytest.FixtureRequest) -> str:
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """The engines' processes."""
     option = request.config.getoption
-    made = Bench(tmp_path_factory.mktemp("inputs"), option("--threads"), option("--clock"))
+    environment = dict(setting.split("=", 1) for setting in option("--engine-env"))
+    made = Bench(tmp_path_factory.mktemp("inputs"), option("--threads"), option("--clock"), environment)
     yield made
     made.close()
 
@@ -88,10 +94,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option = metafunc.config.getoption
     if "model" in metafunc.fixturenames:
         metafunc.parametrize("model", [_MODELS[name] for name in option("--models")], ids=lambda case: case.name)
+    sizes = [int(size) for size in option("--batches")]
     if "subject" in metafunc.fixturenames:
-        metafunc.parametrize("subject", [SUBJECTS[name] for name in option("--subjects")], ids=lambda s: s.name)
-    if "batch" in metafunc.fixturenames:
-        metafunc.parametrize("batch", [int(size) for size in option("--batches")], ids=lambda n: f"n{n}")
+        forms = [SUBJECTS[name] for name in option("--subjects")]
+        dtypes = list(dict.fromkeys(form.dtype for form in forms))
+        pairs = [(form, n) for dtype in dtypes for n in sizes for form in forms if form.dtype == dtype]
+        metafunc.parametrize(("subject", "batch"), pairs, ids=[f"{form.name}-n{n}" for form, n in pairs])
+    elif "batch" in metafunc.fixturenames:
+        metafunc.parametrize("batch", sizes, ids=lambda n: f"n{n}")
     if "level_mix" in metafunc.fixturenames:
         metafunc.parametrize("level_mix", [MIXES[name] for name in option("--mixes")], ids=lambda mix: mix.name)
 
@@ -102,6 +112,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if not rows:
         return
     facts = conditions(config.getoption("--threads"), config.getoption("--clock"))
+    facts["engine_env"] = " ".join(config.getoption("--engine-env"))
     terminalreporter.section("efficiency")
     for line in (*as_text(rows, facts), "", *skip_shares(rows)):
         terminalreporter.write_line(line)

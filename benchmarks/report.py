@@ -37,7 +37,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the table in Markdown and the plots")
     options = parser.parse_args(arguments)
     rows, conditions = read_json(options.results)
-    print("\n".join([*as_text(rows, conditions), "", *skip_shares(rows)]))
     networks = [row for row in rows if row.group == "network"]
     options.out.mkdir(parents=True, exist_ok=True)
     text = as_markdown(networks, conditions) + "".join(f"\n{line}.\n" for line in skip_shares(networks))
@@ -47,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for suffix in ("png", "svg"):
             figure.savefig(options.out / f"{case.replace('@', '-')}.{suffix}", dpi=150)
         plt.close(figure)
+    print("\n".join([*as_text(rows, conditions), "", *skip_shares(rows)]))
 
 
 def plot(rows: Sequence[Row], conditions: Conditions) -> Figure:
@@ -60,9 +60,10 @@ def plot(rows: Sequence[Row], conditions: Conditions) -> Figure:
     figure, axes = plt.subplots(1, len(panels), figsize=(width, 6.2), squeeze=False, sharey=True)
     for axis, panel in zip(axes[0], panels, strict=True):
         _panel(axis, [row for row in rows if (row.dtype, row.den) == panel])
+    axes[0][0].legend(handles=_legend(rows), fontsize=7.5, loc="upper left", framealpha=0.9)
     axes[0][0].set_ylabel("measured speed-up over the fastest dense engine")
     figure.suptitle(f"{rows[0].case}: what the saved FLOPs save in time", y=0.985)
-    caption = textwrap.fill(" ".join([*headline(rows, conditions), *_skip_caption(rows)]), int(21 * width))
+    caption = textwrap.fill(" ".join([*headline(rows, conditions), *_skip_caption(rows)]), int(17.5 * width))
     lines = caption.count("\n") + 1
     figure.text(0.02, 0.01, caption, fontsize=7, va="bottom", color="#444444")
     figure.tight_layout(rect=(0, 0.015 + 0.022 * lines, 1, 0.99))
@@ -95,10 +96,10 @@ def _panel(axis: Axes, rows: Sequence[Row]) -> None:
     axis.set_xlabel("FLOPs of the full network over those of the levels")
     engines = ", ".join(dict.fromkeys(row.dense_engine for row in shown))
     axis.set_title(f"{rows[0].dtype}, {rows[0].den}\nfastest dense engine: {engines}", fontsize=9)
-    axis.legend(handles=_legend(shown), fontsize=7.5, loc="upper left", framealpha=0.9)
 
 
 def _legend(rows: Sequence[Row]) -> list[Line2D]:
+    rows = [row for row in rows if row.flop_ratio <= LARGEST_RATIO]
     batches = [
         Line2D([], [], color=COLOURS.get(batch, "black"), label=f"batch {batch}")
         for batch in sorted({row.batch for row in rows})
@@ -117,12 +118,13 @@ def _legend(rows: Sequence[Row]) -> list[Line2D]:
 
 
 def _skip_caption(rows: Sequence[Row]) -> list[str]:
-    shares = [
-        f"{row.dtype} {row.den} {100 * row.headline_ms / row.dense_ms:.0f}% at batch {row.batch}"
-        for row in rows
-        if row.mix == "skip"
-    ]
-    return [f"Every block skipped, share of dense time, selector included: {', '.join(shares)}."] if shares else []
+    shares: dict[str, list[str]] = {}
+    for row in rows:
+        if row.mix == "skip":
+            share = f"{100 * row.headline_ms / row.dense_ms:.0f}% at batch {row.batch}"
+            shares.setdefault(f"{row.dtype} {row.den}", []).append(share)
+    forms = "; ".join(f"{form} {', '.join(found)}" for form, found in shares.items())
+    return [f"Every block skipped, share of dense time, selector included: {forms}."] if forms else []
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def headline(rows: Sequence[Row], conditions: Conditions) -> list[str]:
     shares = [row.disturbance for row in rows if row.disturbance is not None]
     facts = conditions
     lines = [
-        f"{facts['cpu']}, {facts['threads']} threads of {facts['cores']} cores, {facts['date']}; "
+        f"{facts['cpu']}, {facts['threads']} of {facts['cores']} cores, {facts['date']}; "
         f"torch {facts['torch']}, ONNX Runtime {facts['onnxruntime']}, OpenVINO {facts['openvino']}; "
         f"cpu kernels {facts['cpu_kernels']}; {CLOCK_NAMES[facts['clock']]}.",
         "Medians of runs taken in turn, results checked first. speed-up = dense / DEN; efficiency = speed-up / FLOP "

@@ -90,7 +90,7 @@ def test_another_file_is_refused(text: str, tmp_path) -> None:
 
 def test_text_names_conditions_and_every_engine() -> None:
     lines = table.as_text([row(**FULL)], CONDITIONS)
-    assert "A processor, 2 threads of 2 cores, 2026-11-25" in lines[0]
+    assert "A processor, 2 of 2 cores, 2026-11-25" in lines[0]
     assert "Others took 25% of the machine during the median row, 25% during the worst." in lines
     head, values = (" ".join(line.split()) for line in lines[-2:])
     assert head.endswith("torch eager ms OpenVINO ms masked dense ms")
@@ -156,5 +156,5 @@ def test_plot_puts_each_row_at_its_ratio_and_speedup() -> None:
     diagonal = next(line for line in series if line[0][0] == line[0][1])
     assert all(x == y for x, y in diagonal)
     caption = " ".join(" ".join(text.get_text() for text in figure.texts).split())
-    assert "A processor, 2 threads of 2 cores" in caption
+    assert "A processor, 2 of 2 cores" in caption
     assert "Every block skipped, share of dense time, selector included: float32 den[cpu] 12% at batch 1." in caption
