@@ -17,7 +17,7 @@ from den_kernels.backends import available_backends, load
 RUNTIMES = ("onnxruntime", "openvino")
 
 
-def conditions(threads: int, clock: str) -> dict[str, str | int]:
+def of_run(threads: int, clock: str) -> dict[str, str | int]:
     """What the figures depend on besides the code; threads and clock are every engine's."""
     isas = load("cpu").supported_isas() if "cpu" in available_backends() else ()
     return {

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from benchmarks.cases import BATCHES, MIXES, MODELS
+from benchmarks.conditions import of_run
 from benchmarks.lineup import DENSE, SUBJECTS, Bench
-from benchmarks.conditions import conditions
 from benchmarks.table import Row, as_text, skip_shares, write_json
 from benchmarks.worker import CLOCKS
 
@@ -111,7 +111,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     rows = config.stash[_ROWS]
     if not rows:
         return
-    facts = conditions(config.getoption("--threads"), config.getoption("--clock"))
+    facts = of_run(config.getoption("--threads"), config.getoption("--clock"))
     facts["engine_env"] = " ".join(config.getoption("--engine-env"))
     terminalreporter.section("efficiency")
     for line in (*as_text(rows, facts), "", *skip_shares(rows)):
