@@ -60,6 +60,7 @@ SUBJECTS = {
         Subject("float32", "float32"),
         Subject("float32-direct", "float32", {"winograd": False}),
         Subject("bfloat16", "bfloat16"),
+        Subject("bfloat16-direct", "bfloat16", {"winograd": False}),
     )
 }
 

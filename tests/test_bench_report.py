@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from torch import nn
 
-from benchmarks import report, table
+from benchmarks import memory, report, table
 from benchmarks.table import Row, Time
 
 CONDITIONS = {
@@ -158,3 +159,10 @@ def test_plot_puts_each_row_at_its_ratio_and_speedup() -> None:
     caption = " ".join(" ".join(text.get_text() for text in figure.texts).split())
     assert "A processor, 2 of 2 cores" in caption
     assert "Every block skipped, share of dense time, selector included: float32 den[cpu] 12% at batch 1." in caption
+
+
+def test_held_bytes_count_a_shared_weight_once() -> None:
+    first, second = nn.Linear(3, 2), nn.Linear(3, 2)
+    assert memory.held_bytes(nn.Sequential(first, second)) == 2 * 4 * (6 + 2)
+    second.weight = first.weight
+    assert memory.held_bytes(nn.Sequential(first, second, nn.BatchNorm1d(5))) == 4 * (6 + 2 + 2) + 4 * 4 * 5 + 8
