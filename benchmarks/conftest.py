@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def _among(what: str, known: Collection[str]) -> Callable[[str], tuple[str, ...]
     def parse(text: str) -> tuple[str, ...]:
         chosen = tuple(part for part in text.split(",") if part)
         if not set(chosen) <= set(known):
-            raise ValueError(f"{what} are among {', '.join(known)}")
+            raise argparse.ArgumentTypeError(f"{what} are among {', '.join(known)}, not {text}")
         return chosen
 
     return parse

@@ -1,6 +1,6 @@
 """Memory of one forward: what the frozen DEN needs besides its weights, and what its weights take, packed.
 
-    python -m benchmarks.memory [--models wrn_32_4] [--batches 1,64] [--dtype float32] [--mixes full,uniform]
+    python -m benchmarks.memory [--models wrn_32_4] [--batches 1,64] [--subject float32] [--mixes full,skip]
 
 Activations: the most by which the resident set of a fresh process grew during its first forward, in MB (1e6 bytes):
 images and weights are there before and do not count; scratch memory of the kernels and code loaded on first use do.
@@ -43,10 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if reason or subject.missing():
         parser.error(f"{subject.name}: {reason or subject.missing()}")
     cases = {case.name: case for case in MODELS}
-    for name in options.models.split(","):
+    names, mixes = options.models.split(","), options.mixes.split(",")
+    for what, chosen, known in (("models", names, cases), ("mixes", mixes, MIXES)):
+        if not set(chosen) <= set(known):
+            parser.error(f"{what} are among {', '.join(known)}, not {','.join(chosen)}")
+    for name in names:
         print("\n".join(weight_lines(cases[name], subject)))
         for batch in map(int, options.batches.split(",")):
-            for line in activation_lines(cases[name], subject, batch, options.mixes.split(","), options.threads):
+            for line in activation_lines(cases[name], subject, batch, mixes, options.threads):
                 print(line)
 
 
