@@ -59,3 +59,4 @@ $(STAMPS)/demo $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/lint: $(STAMPS)/%: requi
 	touch $@
 
 $(STAMPS)/test: requirements/demo.txt
+$(STAMPS)/bench: requirements/peers.txt

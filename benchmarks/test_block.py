@@ -9,8 +9,8 @@ from torch import Tensor
 
 import den_kernels as dk
 from benchmarks import cases
-from benchmarks.engines import InProcess, assert_close, need_backend, take_turns
-from benchmarks.table import row
+from benchmarks.engines import CLOCK, InProcess, assert_close, need_backend, take_turns
+from benchmarks.table import Row, Time
 
 BUDGET_S = {1: 0.3, 8: 0.4, 64: 1.0, 256: 4.0}
 CHECKED = 4
@@ -49,7 +49,7 @@ def fused(case: cases.BlockCase, w: Weights, backend: str) -> dk.FusedResidualBl
     return block
 
 
-def dense_engine(case: cases.BlockCase, w: Weights, x: Tensor) -> InProcess:
+def dense_engine(case: cases.BlockCase, w: Weights, x: Tensor, clock: str) -> InProcess:
     """The top level in plain PyTorch, channels_last, the norms folded into the convolutions."""
     folded = [
         (weight * scale[-1].view(-1, 1, 1, 1)).contiguous(memory_format=torch.channels_last)
@@ -71,7 +71,7 @@ def dense_engine(case: cases.BlockCase, w: Weights, x: Tensor) -> InProcess:
         h = h.add_(dk.reference.shortcut(x, case.channels[2], step))
         return h if case.preactivation else F.relu_(h)
 
-    return InProcess("torch eager", run, dense=True)
+    return InProcess("torch eager", run, dense=True, clock=clock)
 
 
 def reference(case: cases.BlockCase, w: Weights, x: Tensor, level: Tensor) -> Tensor:
@@ -91,10 +91,11 @@ def reference(case: cases.BlockCase, w: Weights, x: Tensor, level: Tensor) -> Te
     )
 
 
+@pytest.mark.benchmark(timer=CLOCK)
 @pytest.mark.parametrize("mix", ["full", "uniform", "level2"])
 @pytest.mark.parametrize("backend", ["cpu"])
 @pytest.mark.parametrize("case", cases.BLOCKS, ids=lambda case: case.name)
-def test_block(benchmark, rows, case: cases.BlockCase, backend: str, batch: int, mix: str) -> None:
+def test_block(benchmark, rows, clock: str, case: cases.BlockCase, backend: str, batch: int, mix: str) -> None:
     need_backend(backend)
     w = Weights(case)
     x = torch.randn(batch, case.channels[0], case.size, case.size).contiguous(memory_format=torch.channels_last)
@@ -106,10 +107,10 @@ def test_block(benchmark, rows, case: cases.BlockCase, backend: str, batch: int,
 
     def elastic_engine(name: str) -> InProcess:
         block = fused(case, w, name)
-        return InProcess(f"den[{name}]", lambda: block(x, *plan))
+        return InProcess(f"den[{name}]", lambda: block(x, *plan), clock=clock)
 
     elastic = [elastic_engine(backend), elastic_engine("grouped")]
-    dense = dense_engine(case, w, x)
+    dense = dense_engine(case, w, x, clock)
 
     some = slice(0, None, max(1, batch // CHECKED))
     tolerance = cases.TOLERANCE[x.dtype]
@@ -118,8 +119,22 @@ def test_block(benchmark, rows, case: cases.BlockCase, backend: str, batch: int,
         assert_close(engine.name, engine.result()[some], expected, tolerance)
     assert_close(dense.name, dense.result()[some], reference(case, w, x[some], top[some]), tolerance)
 
-    medians = take_turns(benchmark, elastic[0], [*elastic[1:], dense], BUDGET_S[batch])
-    if medians:
+    measured = take_turns(benchmark, [*elastic, dense], BUDGET_S[batch])
+    if measured:
         macs = torch.tensor(case.macs(), dtype=torch.float64)
         ratio = (macs[-1] / macs[level[:, 0]].mean()).item()
-        rows.append(row("block", case.name, backend, "float32", batch, mix, ratio, medians, [dense.name]))
+        times = {name: Time.of(seconds) for name, seconds in measured.seconds.items()}
+        rows.append(
+            Row(
+                "block",
+                case.name,
+                elastic[0].name,
+                "float32",
+                batch,
+                mix,
+                ratio,
+                times,
+                [dense.name],
+                measured.disturbance,
+            )
+        )

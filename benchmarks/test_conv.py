@@ -11,8 +11,8 @@ from torch import Tensor
 
 import den_kernels as dk
 from benchmarks import cases
-from benchmarks.engines import InProcess, assert_close, need_backend, take_turns
-from benchmarks.table import row
+from benchmarks.engines import CLOCK, InProcess, assert_close, need_backend, take_turns
+from benchmarks.table import Row, Time
 
 BUDGET_S = {1: 0.2, 8: 0.3, 64: 0.7, 256: 3.0}
 CHECKED = 4
@@ -27,10 +27,11 @@ def widths(case: cases.ConvCase, level: Tensor) -> tuple[Tensor | None, Tensor |
     return inside, outside, share
 
 
+@pytest.mark.benchmark(timer=CLOCK)
 @pytest.mark.parametrize("mix", ["full", "uniform"])
 @pytest.mark.parametrize("backend", ["cpu"])
 @pytest.mark.parametrize("case", cases.CONVS, ids=lambda case: case.name)
-def test_conv(benchmark, rows, case: cases.ConvCase, backend: str, batch: int, mix: str) -> None:
+def test_conv(benchmark, rows, clock: str, case: cases.ConvCase, backend: str, batch: int, mix: str) -> None:
     need_backend(backend)
     if batch == 1 and mix == "uniform":
         pytest.skip("one sample has one level, not a mix")
@@ -44,11 +45,13 @@ def test_conv(benchmark, rows, case: cases.ConvCase, backend: str, batch: int, m
 
     def elastic_engine(name: str) -> InProcess:
         return InProcess(
-            f"den[{name}]", lambda: dk.den_conv2d(x, weight, None, inside, outside, backend=name, **geometry)
+            f"den[{name}]",
+            lambda: dk.den_conv2d(x, weight, None, inside, outside, backend=name, **geometry),
+            clock=clock,
         )
 
     elastic = [elastic_engine(backend), elastic_engine("grouped")]
-    dense = InProcess("torch eager", lambda: F.conv2d(x, weight, None, **geometry), dense=True)
+    dense = InProcess("torch eager", lambda: F.conv2d(x, weight, None, **geometry), dense=True, clock=clock)
 
     some = slice(0, None, max(1, batch // CHECKED))
     part = [None if w is None else w[some] for w in (inside, outside)]
@@ -58,7 +61,21 @@ def test_conv(benchmark, rows, case: cases.ConvCase, backend: str, batch: int, m
     full = F.conv2d(x[some].double(), weight.double(), None, **geometry)
     assert_close(dense.name, dense.result()[some], full, cases.TOLERANCE[x.dtype])
 
-    medians = take_turns(benchmark, elastic[0], [*elastic[1:], dense], BUDGET_S[batch])
-    if medians:
+    measured = take_turns(benchmark, [*elastic, dense], BUDGET_S[batch])
+    if measured:
         ratio = (1 / share.mean()).item()
-        rows.append(row("conv", case.name, backend, "float32", batch, mix, ratio, medians, [dense.name]))
+        times = {name: Time.of(seconds) for name, seconds in measured.seconds.items()}
+        rows.append(
+            Row(
+                "conv",
+                case.name,
+                elastic[0].name,
+                "float32",
+                batch,
+                mix,
+                ratio,
+                times,
+                [dense.name],
+                measured.disturbance,
+            )
+        )

@@ -1,59 +1,110 @@
-"""Whole networks, frozen, in mixed batches, against dense engines and the other ways to run a DEN."""
+"""Whole networks, frozen, in mixed batches, against dense engines and the other ways to run a DEN.
+
+Each engine is a process of its own: they work one at a time. N samples, B blocks.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterable
+
 import pytest
+import torch
 
 import den
 from benchmarks import cases, networks
-from benchmarks.engines import Engine, assert_close, need_backend, take_turns
-from benchmarks.table import row
+from benchmarks.engines import CLOCK, InWorker, assert_close, need_backend, take_turns
+from benchmarks.lineup import DENSE, Bench, Subject
+from benchmarks.table import SELECTOR, Row, Time
+from benchmarks.worker import Unusable
 
 # The other ways to run a DEN are shown where levels differ; elsewhere the dense engines are enough.
 WITH_PEERS = ("uniform", "paper")
-BUDGET_S = {1: 2.0, 8: 3.0, 64: 5.0, 256: 15.0}
+BUDGET_S = {1: 2.0, 8: 3.0, 64: 8.0, 256: 20.0}
 
 
-@pytest.mark.parametrize("mix", cases.MIXES)
+@pytest.mark.benchmark(timer=CLOCK)
 @pytest.mark.parametrize("backend", ["cpu"])
-@pytest.mark.parametrize("case", cases.MODELS, ids=lambda case: case.name)
-def test_network(benchmark, request, rows, case: cases.ModelCase, backend: str, batch: int, mix: str) -> None:
-    need_backend(backend)
-    if batch not in case.batches:
-        pytest.skip(f"{case.name} is not timed at batch {batch}")
-    name = case.name
-    model = networks.network(name)
-    x = networks.images(case, batch)
-    level_NB = cases.MIXES[mix].levels(batch, model.num_blocks)
-    top = model.num_levels - 1
+def test_network(
+    benchmark,
+    request,
+    rows: list[Row],
+    bench: Bench,
+    model: cases.ModelCase,
+    subject: Subject,
+    backend: str,
+    batch: int,
+    level_mix: cases.Mix,
+) -> None:
+    need_backend(backend, getattr(torch, subject.dtype))
+    if subject.missing():
+        pytest.skip(f"{subject.name}: {subject.missing()}")
+    if batch not in model.batches:
+        pytest.skip(f"{model.name} is not timed at batch {batch}")
+    net, dtype = networks.network(model.name), subject.dtype
+    level_NB = level_mix.levels(batch, net.num_blocks)
+    top = net.num_levels - 1
 
-    subject = networks.den_engine(name, x, level_NB, backend)
-    elastic: list[Engine] = [subject, networks.den_selector_engine(name, x, level_NB, backend)]
-    dense: list[Engine] = [networks.DENSE[engine](name, x) for engine in request.config.getoption("--engines")]
-    slim: list[Engine] = []
-    if mix in WITH_PEERS:
-        elastic.append(networks.masked_engine(name, x, level_NB))
-        elastic.append(networks.loop_engine(name, x, level_NB))
-        elastic.append(networks.den_engine(name, x, level_NB, "grouped"))
-        slim.append(networks.slim_engine(name, x, 2))
-    elif mix != "full" and (level_NB == level_NB[0, 0]).all():
+    own = bench.den(subject, model, level_NB, backend)
+    elastic = [own, bench.den(subject, model, level_NB, backend, selector=True)]
+    chosen = [DENSE[name] for name in request.config.getoption("--engines")]
+    dense = _usable(
+        functools.partial(bench.dense, opponent, model, dtype, batch)
+        for opponent in chosen
+        if dtype in opponent.dtypes and not opponent.missing()
+    )
+    assert dense, f"none of the engines {', '.join(o.label for o in chosen)} can run {dtype} here"
+    slim: list[InWorker] = []
+    if level_mix.name in WITH_PEERS and not subject.variant:
+        elastic += _usable(
+            (
+                lambda: bench.masked(model, dtype, level_NB),
+                lambda: bench.loop(model, dtype, level_NB),
+                lambda: bench.den(Subject(dtype, dtype), model, level_NB, "grouped"),
+            )
+        )
+        slim.append(bench.slim(model, dtype, batch, 2))
+    elif level_mix.name != "full" and (level_NB == level_NB[0, 0]).all():
         # A static network of these widths is this very function.
-        elastic.append(networks.slim_engine(name, x, int(level_NB[0, 0])))
+        elastic.append(bench.slim(model, dtype, batch, int(level_NB[0, 0])))
 
     checked = networks.checked_rows(batch)
-    tolerance = cases.TOLERANCE[x.dtype]
-    expected = networks.reference_logits(name, x[checked], level_NB[checked])
+    expected = networks.reference_logits(model.name, networks.images(model, batch)[checked], level_NB[checked])
+    plain_tolerance = cases.TOLERANCE[getattr(torch, dtype)]
     for engine in elastic:
+        tolerance = subject.tolerance if engine in elastic[:2] else plain_tolerance
         assert_close(engine.name, engine.result()[checked], expected, tolerance)
     for level, engines in ((top, dense), (2, slim)):
         for engine in engines:
-            expected = networks.static_reference(case, batch, level)
-            assert_close(engine.name, engine.result()[checked], expected, tolerance)
+            expected = networks.static_reference(model, batch, level)
+            assert_close(engine.name, engine.result()[checked], expected, plain_tolerance)
 
-    medians = take_turns(benchmark, subject, [*elastic[1:], *dense, *slim], BUDGET_S[batch])
-    if medians:
-        cost = den.flops(model, level_NB, case.image_size).double().mean()
-        full = den.flops(model, [top] * model.num_blocks, case.image_size)
-        names = [engine.name for engine in dense]
-        label = f"{case.name}@{case.image_size}"
-        rows.append(row("network", label, backend, "float32", batch, mix, float(full / cost), medians, names))
+    measured = take_turns(benchmark, [own, *elastic[1:], *dense, *slim], BUDGET_S[batch], keep=[own.name + SELECTOR])
+    if measured:
+        cost = den.flops(net, level_NB, model.image_size).double().mean()
+        full = den.flops(net, [top] * net.num_blocks, model.image_size)
+        rows.append(
+            Row(
+                group="network",
+                case=f"{model.name}@{model.image_size}",
+                den=own.name,
+                dtype=dtype,
+                batch=batch,
+                mix=level_mix.name,
+                flop_ratio=float(full / cost),
+                times={name: Time.of(seconds) for name, seconds in measured.seconds.items()},
+                dense=[engine.name for engine in dense],
+                disturbance=measured.disturbance,
+            )
+        )
+
+
+def _usable(makers: Iterable[Callable[[], InWorker]]) -> list[InWorker]:
+    """The engines that can do this case."""
+    found = []
+    for make in makers:
+        try:
+            found.append(make())
+        except Unusable:
+            continue
+    return found
