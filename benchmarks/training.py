@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import den
 from benchmarks.cases import RATIOS, TASK
 from den.blocks import ResidualBlock, shortcut
-from den.estimator import stem_stride
+from den.estimator import Estimator, stem_stride
 
 LEARNING_RATE = 0.01
 
@@ -38,7 +38,7 @@ class PlainBlock(nn.Module):
 class PlainNetwork(nn.Module):
     """A wide residual network of `nn.Conv2d`, `nn.BatchNorm2d` and ReLU, channels_last."""
 
-    def __init__(self, estimator: den.Estimator, task: str):
+    def __init__(self, estimator: Estimator, task: str):
         super().__init__()
         if estimator.stem is None or estimator.tail.norm is None:
             raise TypeError("this opponent is written for pre-activation networks with a stem")

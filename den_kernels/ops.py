@@ -152,9 +152,7 @@ def _add_autograd(ctx, grad):
     dx = dweight = None
     if any(ctx.needs_input_grad[:2]):
         mask = [*ctx.needs_input_grad[:2], False]
-        grads = torch.ops.den_kernels.conv2d_backward(
-            grad, x, weight, in_width, None, *ctx.geometry, mask, ctx.backend
-        )
+        grads = torch.ops.den_kernels.conv2d_backward(grad, x, weight, in_width, None, *ctx.geometry, mask, ctx.backend)
         dx, dweight = (g if wanted else None for g, wanted in zip(grads[:2], mask[:2], strict=True))
     return dx, dweight, grad if ctx.needs_input_grad[2] else None, None, None, None, None, None, None
 
@@ -190,7 +188,7 @@ def _batch_norm_backward_fake(grad, x, row, width, weight, bias, mean, var, coun
 
 
 def _norm_setup_context(ctx, inputs, output) -> None:
-    x, row, width, weight, bias, rows, ctx.eps, ctx.relu, ctx.backend = inputs
+    x, row, width, weight, bias, _, ctx.eps, ctx.relu, ctx.backend = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(x, row, width, weight, bias, *output[1:])
 

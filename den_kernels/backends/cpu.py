@@ -1,8 +1,9 @@
 """The `cpu` backend: the C++ kernels of csrc/, for float32 on a CPU.
 
-The elastic convolution and batch norm, forward and backward, and the fused residual block for inference. Each sample runs its own width: nothing
-is gathered or sorted, and no primitive is built for a shape. The extension links no torch: tensors go in as addresses,
-so everything about them is checked before the call (shapes and dtypes in `functional.py`, values in `bindings.cpp`).
+The elastic convolution and batch norm, forward and backward, and the fused residual block for inference. Each sample
+runs its own width: nothing is gathered or sorted, and no primitive is built for a shape. The extension links no torch:
+tensors go in as addresses, so everything about them is checked before the call (shapes and dtypes in `functional.py`,
+values in `bindings.cpp`).
 
 Symbols: N samples, C channels, H W space, L levels.
 """
