@@ -6,6 +6,7 @@ N samples, B blocks.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +26,9 @@ class PlainBlock(nn.Module):
     def __init__(self, block: ResidualBlock):
         super().__init__()
         self.stride, self.out_channels = block.stride, block.out_channels
-        self.norm1, self.norm2 = nn.BatchNorm2d(block.in_channels), nn.BatchNorm2d(block.out_channels)
         self.conv1 = nn.Conv2d(block.in_channels, block.out_channels, 3, block.stride, 1, bias=False)
         self.conv2 = nn.Conv2d(block.out_channels, block.out_channels, 3, 1, 1, bias=False)
+        self.norm1, self.norm2 = nn.BatchNorm2d(block.in_channels), nn.BatchNorm2d(block.out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.relu(self.norm1(x), inplace=True))
@@ -44,14 +45,14 @@ class PlainNetwork(nn.Module):
             raise TypeError("this opponent is written for pre-activation networks with a stem")
         self.base_size = estimator.base_size
         self.stem = nn.Conv2d(estimator.in_channels, estimator.stem.conv.out_channels, 3, padding=1, bias=False)
-        self.blocks = nn.ModuleList(PlainBlock(block) for block in estimator.blocks)
+        self.blocks = nn.ModuleList(PlainBlock(cast(ResidualBlock, block)) for block in estimator.blocks)
         self.norm = nn.BatchNorm2d(estimator.tail.out_features)
-        head = estimator.heads[task]
+        head = cast(nn.Linear, estimator.heads[task])
         self.head = nn.Linear(head.in_features, head.out_features)
         with torch.no_grad():
-            # Both list their parameters in the order in which data meets them; a norm of one set has a row more.
-            for (name, own), theirs in zip(self.named_parameters(), _parameters(estimator, task), strict=True):
-                own.copy_(theirs.view_as(own)) if own.numel() == theirs.numel() else _differ(name, own, theirs)
+            # Both list their parameters in one order; a norm's have a row for each set of statistics there, here none.
+            for own, theirs in zip(self.parameters(), estimator.parameters(), strict=True):
+                own.copy_(theirs.view_as(own))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,35 +63,51 @@ class PlainNetwork(nn.Module):
         return self.head(F.relu(self.norm(x), inplace=True).mean((2, 3)))
 
 
-def _parameters(estimator: Estimator, task: str) -> list[Tensor]:
-    parts: list[nn.Module] = [estimator.stem.conv]
-    for block in estimator.blocks:
-        parts += [block.norm1, block.norm2, block.conv1, block.conv2]
-    parts += [estimator.tail.norm, estimator.heads[task]]
-    return [parameter for part in parts for parameter in part.parameters()]
+class Step:
+    """A step of SGD with momentum and weight decay: forward, backward, update. The updates add up from call to call."""
 
+    def __init__(self, network: nn.Module, forward: Callable[[], Tensor], target_N: Tensor):
+        self.network, self.forward, self.target_N = network, forward, target_N
+        self.optimizer = torch.optim.SGD(network.parameters(), LEARNING_RATE, momentum=0.9, weight_decay=5e-4)
 
-def _differ(name: str, own: Tensor, theirs: Tensor) -> None:
-    raise ValueError(f"{name} has shape {tuple(own.shape)}, the network's {tuple(theirs.shape)}")
-
-
-def networks(name: str, backend: str) -> tuple[den.DEN, PlainNetwork]:
-    """A DEN in training and its dense twin, with the same weights."""
-    torch.manual_seed(0)
-    model = den.create_model(name, tasks=TASK, ratios=RATIOS, backend=backend).train()
-    return model, PlainNetwork(model.estimator, next(iter(TASK))).train()
-
-
-def step(network: nn.Module, forward: Callable[[], Tensor], target_N: Tensor) -> Callable[[], Tensor]:
-    """A step of SGD as a function of no arguments, which returns the loss."""
-    optimizer = torch.optim.SGD(network.parameters(), LEARNING_RATE, momentum=0.9, weight_decay=5e-4)
-
+    @torch.inference_mode(False)
     @torch.enable_grad()
-    def run() -> Tensor:
-        loss = F.cross_entropy(forward(), target_N)
+    def gradients(self) -> list[Tensor]:
+        """Of every parameter, as a vector, without an update."""
+        return [g.flatten() for g in torch.autograd.grad(self._loss(), list(self.network.parameters()))]
+
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def __call__(self) -> Tensor:
+        """The loss."""
+        loss = self._loss()
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         return loss.detach()
 
-    return run
+    def _loss(self) -> Tensor:
+        return F.cross_entropy(self.forward(), self.target_N)
+
+
+def targets(batch: int) -> Tensor:
+    """Random classes [N] of the one task."""
+    return torch.randint(0, next(iter(TASK.values())), (batch,), generator=torch.Generator().manual_seed(2))
+
+
+def elastic_step(name: str, x: Tensor, level_NB: Tensor, backend: str, dtype: torch.dtype = torch.float32) -> Step:
+    """The DEN at given levels, every convolution and norm on the given backend."""
+    estimator = _model(name, backend).to(dtype).estimator
+    x = x.to(dtype)
+    return Step(estimator, lambda: estimator(x, level_NB, next(iter(TASK))), targets(len(x)))
+
+
+def dense_step(name: str, x: Tensor, backend: str) -> Step:
+    """The plain network, from the same weights."""
+    network = PlainNetwork(_model(name, backend).estimator, next(iter(TASK))).train()
+    return Step(network, lambda: network(x), targets(len(x)))
+
+
+def _model(name: str, backend: str) -> den.DEN:
+    torch.manual_seed(0)
+    return den.create_model(name, tasks=TASK, ratios=RATIOS, backend=backend).train()

@@ -217,6 +217,27 @@ def test_batch_norm_over_the_samples_that_ran() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("backend", dk.available_backends())
+def test_batch_norm_with_a_relu(training: bool, backend: str) -> None:
+    if backend == "triton":
+        pytest.skip("takes the tensors of a GPU")
+    torch.manual_seed(0)
+    x, width = torch.randn(5, 6, 4, 4), torch.tensor([6, 0, 2, 4, 6])
+    norms = [dk.DENBatchNorm2d(6, backend=backend).train(training) for _ in range(2)]
+    leaves = [x.clone().requires_grad_() for _ in norms]
+    ours, theirs = norms[0](leaves[0], width=width, relu=True), F.relu(norms[1](leaves[1], width=width))
+    torch.testing.assert_close(ours, theirs)
+    grad = torch.randn_like(x)
+    gradients = [
+        torch.autograd.grad(y, (leaf, norm.weight, norm.bias), grad)
+        for y, leaf, norm in zip((ours, theirs), leaves, norms, strict=True)
+    ]
+    for name, a, b in zip(("dx", "dweight", "dbias"), *gradients, strict=True):
+        torch.testing.assert_close(a, b, msg=lambda m, name=name: f"{name}: {m}")
+    torch.testing.assert_close(norms[0].running_var, norms[1].running_var)
+
+
+@pytest.mark.parametrize("training", [True, False])
 def test_plain_batch_norm_equals_torch(training: bool) -> None:
     ours, theirs = dk.DENBatchNorm2d(5).train(training), nn.BatchNorm2d(5).train(training)
     x = torch.randn(4, 5, 6, 6) * 2 + 1

@@ -51,6 +51,29 @@ def test_opcheck_conv2d_backward(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_opcheck_conv2d_add(backend: str) -> None:
+    x, weight, _, in_width, _, *rest = conv_args(backend)
+    residual = torch.randn(4, 12, 4, 3).requires_grad_()
+    torch.library.opcheck(OPS.conv2d_add.default, (x, weight, residual, in_width, *rest))
+    torch.library.opcheck(OPS.conv2d_add.default, (x, weight, residual, None, *rest))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_opcheck_batch_norm(backend: str, layout: torch.memory_format) -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 8, 5, 6, generator=g).contiguous(memory_format=layout).requires_grad_()
+    weight, bias = (torch.randn(2, 8, generator=g).requires_grad_() for _ in range(2))
+    row, width = torch.tensor([0, 1, 1, 0]), torch.tensor([8, 3, 0, 5])
+    for options in ((row, width, weight, bias, 2), (None, None, None, None, 1), (None, width, weight[:1], bias[:1], 1)):
+        torch.library.opcheck(OPS.batch_norm.default, (x, *options, 1e-5, True, backend))
+    tables = OPS.batch_norm(x, row, width, weight, bias, 2, 1e-5, True, backend)[1:]
+    detached = (t.detach() for t in (torch.randn_like(x), x))
+    arguments = (*detached, row, width, weight.detach(), bias.detach(), *tables, 1e-5, True, backend)
+    torch.library.opcheck(OPS.batch_norm_backward.default, arguments)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_opcheck_residual_block(backend: str) -> None:
     torch.library.opcheck(OPS.residual_block.default, block_args(backend))
     torch.library.opcheck(OPS.residual_block_.default, block_args(backend))
@@ -98,11 +121,13 @@ class Net(nn.Module):
         self.expand = dk.DENConv2d(3, 8, 3, padding=1, out_widths=(2, 4, 8))
         self.norm = dk.DENBatchNorm2d(8, num_levels=3)
         self.contract = dk.DENConv2d(8, 5, 3, padding="same", in_widths=(2, 4, 8))
+        self.again = dk.DENConv2d(5, 5, 3, padding=1, bias=False)
 
     def forward(self, x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         width = self.expand.out_widths[level]
-        h = torch.relu(self.norm(self.expand(x, level), level, width))
-        return self.contract(h, level).mean((2, 3))
+        h = self.norm(self.expand(x, level), level, width, relu=True)
+        h = self.contract(h, level)
+        return self.again.forward_widths(h, width.clamp(max=5), None, residual=h).mean((2, 3))
 
 
 @pytest.mark.slow
@@ -154,6 +179,17 @@ def test_flop_formula_counts_active_channels() -> None:
     assert counter.get_total_flops() == 2 * 2 * 9 * pixels * active
 
 
+def test_flop_formula_of_the_convolution_on_a_residual() -> None:
+    x, weight, _, in_width, _, *rest = conv_args("grouped")
+    residual = torch.randn(4, 12, 4, 3)
+    with FlopCounterMode(display=False) as counter:
+        y = OPS.conv2d_add(x, weight, residual, in_width, *rest)
+    assert counter.get_total_flops() == 2 * 9 * 12 * 12 * int(in_width.sum())
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == 2 * 2 * 9 * 12 * 12 * int(in_width.sum())
+
+
 def test_flop_formula_of_the_block() -> None:
     args = block_args("grouped")
     with FlopCounterMode(display=False) as counter:
@@ -178,6 +214,10 @@ BAD = [
     (ValueError, "groups is 3", (X, W), {"groups": 3}),
     (ValueError, "too small for a kernel", (X[:, :, :2], W), {}),
     (ValueError, "backend is 'cuda'", (X, W), {"backend": "cuda"}),
+    (ValueError, "residual has shape", (X, W), {"residual": torch.zeros(2, 6, 5, 5)}),
+    (ValueError, "residual is given with bias", (X, W, W[0, 0, 0].new_zeros(6)), {"residual": torch.zeros(2, 6, 3, 3)}),
+    (TypeError, "residual is list", (X, W), {"residual": []}),
+    (ValueError, "residual is on meta", (X, W), {"residual": torch.zeros(2, 6, 3, 3, device="meta")}),
 ]
 
 

@@ -125,6 +125,32 @@ def test_gradients_equal_reference(backend: str, case: dict) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@given(case=conv_cases())
+@settings(max_examples=20, deadline=None)
+def test_on_a_residual_equals_reference(backend: str, case: dict) -> None:
+    x, weight, _, in_width, _ = tensors(case, torch.float64)
+    geometry = case["geometry"]
+    residual = torch.randn_like(dk.reference.den_conv2d(x, weight, None, in_width, None, **geometry))
+    grad = torch.randn_like(residual)
+
+    def run(function, dtype, **more):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, weight, residual)]
+        y = function(*leaves, **more)
+        grads = torch.autograd.grad(y, leaves, grad.to(dtype), materialize_grads=True, allow_unused=True)
+        return [y.detach(), *grads]
+
+    def specified(x, weight, residual):
+        return residual + dk.reference.den_conv2d(x, weight, None, in_width, None, **geometry)
+
+    def operator(x, weight, residual):
+        return dk.den_conv2d(x, weight, None, in_width, residual=residual, backend=backend, **geometry)
+
+    results = zip(run(operator, torch.float32), run(specified, torch.float64), strict=True)
+    for name, (ours, theirs) in zip(("y", "dx", "dweight", "dresidual"), results, strict=True):
+        assert_close(name, ours, theirs, 5e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @given(case=conv_cases(), data=st.data())
 @settings(max_examples=30, deadline=None)
 def test_result_is_independent_of_batch_mates(backend: str, case: dict, data) -> None:

@@ -88,7 +88,7 @@ class BottleneckBlock(Block):
         super().__init__(in_channels, out_channels, hierarchy, widths)
         self.stride, self.groups = stride, groups
         conv = functools.partial(dk.DENConv2d, bias=False, backend=backend)
-        norm = functools.partial(dk.DENBatchNorm2d, num_sets=num_sets)
+        norm = functools.partial(dk.DENBatchNorm2d, num_sets=num_sets, backend=backend)
         self.conv1 = conv(in_channels, hidden, 1, out_widths=widths)
         self.norm1 = norm(hidden)
         self.conv2 = conv(hidden, hidden, 3, stride, 1, groups=groups, in_widths=widths, out_widths=widths)

@@ -60,10 +60,10 @@ class ConvPairBlock(Block):
         super().__init__(in_channels, out_channels, hierarchy, widths)
         self.pools = pools
         self.conv1 = dk.DENConv2d(in_channels, hidden_channels, 3, 1, 1, bias=False, out_widths=widths, backend=backend)
-        self.norm1 = dk.DENBatchNorm2d(hidden_channels, num_sets=num_sets)
+        self.norm1 = dk.DENBatchNorm2d(hidden_channels, num_sets=num_sets, backend=backend)
         self.conv2 = dk.DENConv2d(hidden_channels, out_channels, 3, 1, 1, bias=False, in_widths=widths, backend=backend)
         self.norm2 = dk.DENBatchNorm2d(
-            out_channels, hierarchy.num_levels if bn == "per_level" else 1, num_sets=num_sets
+            out_channels, hierarchy.num_levels if bn == "per_level" else 1, num_sets=num_sets, backend=backend
         )
 
     def forward(self, x: Tensor, level_N: Tensor, set_index: int = 0, entry_stride: int = 1) -> Tensor:

@@ -62,12 +62,12 @@ class ResidualBlock(Block):
         self.conv1 = dk.DENConv2d(in_channels, hidden, 3, stride, 1, bias=False, out_widths=widths, backend=backend)
         self.conv2 = dk.DENConv2d(hidden, out_channels, 3, 1, 1, bias=False, in_widths=widths, backend=backend)
         if preactivation:
-            self.norm1 = dk.DENBatchNorm2d(in_channels, num_sets=num_sets)
-            self.norm2 = dk.DENBatchNorm2d(hidden, num_sets=num_sets)
+            self.norm1 = dk.DENBatchNorm2d(in_channels, num_sets=num_sets, backend=backend)
+            self.norm2 = dk.DENBatchNorm2d(hidden, num_sets=num_sets, backend=backend)
         else:
-            self.norm1 = dk.DENBatchNorm2d(hidden, num_sets=num_sets)
+            self.norm1 = dk.DENBatchNorm2d(hidden, num_sets=num_sets, backend=backend)
             self.norm2 = dk.DENBatchNorm2d(
-                out_channels, hierarchy.num_levels if bn == "per_level" else 1, num_sets=num_sets
+                out_channels, hierarchy.num_levels if bn == "per_level" else 1, num_sets=num_sets, backend=backend
             )
 
     def forward(self, x: Tensor, level_N: Tensor, set_index: int = 0) -> Tensor:
