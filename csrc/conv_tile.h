@@ -19,6 +19,7 @@ struct TileAt {
     int first_out;    // first output channel of the tile
     int lanes_out;    // output channels to write: fewer than the tile has at a ragged end
     int row, col;
+    den::TapRange taps;  // of its rows
 };
 
 template <class T>
@@ -153,9 +154,10 @@ void tile(const den::BasicConvPass<T>& pass, const TileAt<T>& at) {
         const int halves = run < packed ? run % word : 0;
         const int words = halves ? run / word : (run + word - 1) / word;
         const T* in = at.in + (c0 / block) * pass.in_block + c0 % block;
-        for (int t = 0; t < pass.taps; ++t) {
+        const std::ptrdiff_t tap_weights = (std::ptrdiff_t)((packed + word - 1) / word) * block;
+        for (int t = at.taps.begin; t < at.taps.end; ++t) {
             const T* x = in + pass.tap[t];
-            const T* w = weight;
+            const T* w = weight + t * tap_weights;
             std::ptrdiff_t next_vectors = weight_block;
             int count = words;
             alignas(64) T half[word == 1 ? 1 : NV * V::lanes * word];
@@ -182,8 +184,8 @@ void tile(const den::BasicConvPass<T>& pass, const TileAt<T>& at) {
                     }
                 }
             }
-            weight += (std::ptrdiff_t)((packed + word - 1) / word) * block;
         }
+        weight += pass.taps * tap_weights;
         done += packed;
     }
 
