@@ -19,6 +19,7 @@ struct TileAt {
     int first_out;    // first output channel of the tile
     int lanes_out;    // output channels to write: fewer than the tile has at a ragged end
     int row, col;
+    den::TapRange taps;  // of its rows
 };
 
 template <class T>
@@ -51,62 +52,67 @@ void prefetch(const den::BasicConvPass<T>& pass, const TileAt<T>& at, int rows, 
     }
 }
 
-// The end of the epilogue for vector v where its channels are fewer than its lanes, or lie in two blocks.
+// Whether a vector of output channels lies in one piece: it may straddle two blocks of a blocked map.
 template <class T, class V>
-void finish_ragged(const den::BasicConvPass<T>& pass, const TileAt<T>& at, int v, typename V::Reg value,
-                   typename V::Reg floor, const T* residual, T* out) {
-    constexpr int block = den::kMapBlock<T>;
-    const int first = at.first_out + v * V::lanes, left = at.lanes_out - v * V::lanes;
-    const int count = left < V::lanes ? left : V::lanes;
-    if (count <= 0) return;
-    // Channels up to `turn` lie in the first block.
-    const int room = pass.out_block == block ? count : block - first % block;
-    const int turn = room < count ? room : count;
-    const std::ptrdiff_t place = channel_at(pass, first), gap = pass.out_block - block;
-    T line[V::lanes] = {};
-    if (residual) {
-        for (int i = 0; i < turn; ++i) line[i] = residual[place + i];
-        for (int i = turn; i < count; ++i) line[i] = residual[place + gap + i];
-        value = V::add(value, V::load(line));
-    }
-    V::store(line, V::at_least(floor, value));
-    for (int i = 0; i < turn; ++i) out[place + i] = line[i];
-    for (int i = turn; i < count; ++i) out[place + gap + i] = line[i];
-    // The next convolution reads whole pairs.
-    if (den::kWord<T> == 2 && pass.whole_blocks && count % 2) out[channel_at(pass, first + count)] = T{};
+inline bool in_one_piece(const den::BasicConvPass<T>& pass, const TileAt<T>& at) {
+    return pass.out_block == den::kMapBlock<T> || at.first_out % V::lanes == 0;
 }
 
-// The epilogue of a tile: relu(sum * mul + add + residual).
-template <class T, class V, int NV>
-void finish(const den::BasicConvPass<T>& pass, const TileAt<T>& at, int rows, int cols, const float* sums) {
-    using Reg = typename V::Reg;
-    constexpr int lanes = V::lanes;
-    Reg mul[NV], add[NV];
-    std::ptrdiff_t place[NV];
-    for (int v = 0; v < NV; ++v) {
-        mul[v] = V::load(pass.mul + at.first_out + v * lanes);
-        add[v] = V::load(pass.add + at.first_out + v * lanes);
-        place[v] = channel_at(pass, at.first_out + v * lanes);
-    }
+template <class V, class T>
+inline typename V::Reg floor_of(const den::BasicConvPass<T>& pass) {
     const float lowest = pass.relu ? 0.0f : -__builtin_inff();
-    const Reg floor = V::broadcast(&lowest);
-    // A vector of channels lies in one piece unless it straddles two blocks of a blocked map.
-    const bool contiguous = pass.out_block == den::kMapBlock<T> || at.first_out % lanes == 0;
-    const int whole = contiguous ? at.lanes_out / lanes : 0;  // vectors that go straight out
+    return V::broadcast(&lowest);
+}
+
+// The epilogue of a tile, relu(sum * mul + add + residual), where every vector is written whole: from the registers.
+template <class T, class V, int NV, int R, int Q>
+inline __attribute__((always_inline)) void finish_whole(const den::BasicConvPass<T>& pass, const TileAt<T>& at,
+                                                        const typename V::Reg (&sum)[R * Q][NV]) {
+    const typename V::Reg floor = floor_of<V>(pass);
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+        const int c = at.first_out + v * V::lanes;
+        const typename V::Reg mul = V::load(pass.mul + c), add = V::load(pass.add + c);
+        const std::ptrdiff_t place = channel_at(pass, c);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 32
+            for (int q = 0; q < Q; ++q) {
+                const std::ptrdiff_t to = (at.row + r) * pass.out_row + pass.out_col[at.col + q] + place;
+                typename V::Reg value = V::fma(sum[r * Q + q][v], mul, add);
+                if (pass.residual) value = V::add(value, V::load(pass.residual + to));
+                V::store(pass.out + to, V::at_least(floor, value));
+            }
+    }
+}
+
+// The same where channels are ragged or in two pieces: from memory, in loops.
+template <class T, class V, int NV>
+void finish_ragged(const den::BasicConvPass<T>& pass, const TileAt<T>& at, int rows, int cols, const float* sums) {
+    constexpr int lanes = V::lanes, block = den::kMapBlock<T>;
+    const typename V::Reg floor = floor_of<V>(pass);
     for (int r = 0; r < rows; ++r)
         for (int q = 0; q < cols; ++q, sums += NV * lanes) {
             const std::ptrdiff_t pixel = (at.row + r) * pass.out_row + pass.out_col[at.col + q];
-            const T* residual = pass.residual ? pass.residual + pixel : nullptr;
-            T* out = pass.out + pixel;
-#pragma GCC unroll 4
-            for (int v = 0; v < NV; ++v) {
-                Reg value = V::fma(V::load(sums + v * lanes), mul[v], add[v]);
-                if (v < whole) {
-                    if (residual) value = V::add(value, V::load(residual + place[v]));
-                    V::store(out + place[v], V::at_least(floor, value));
-                } else {
-                    finish_ragged<T, V>(pass, at, v, value, floor, residual, out);
+            for (int v = 0; v * lanes < at.lanes_out; ++v) {
+                const int c = at.first_out + v * lanes, left = at.lanes_out - v * lanes;
+                const int count = left < lanes ? left : lanes;
+                // Channels from `turn` on lie in the next block, `gap` further than they would in this one.
+                const int room = in_one_piece<T, V>(pass, at) ? count : block - c % block;
+                const int turn = room < count ? room : count;
+                const std::ptrdiff_t place = pixel + channel_at(pass, c), gap = place + pass.out_block - block;
+                T line[lanes] = {};
+                typename V::Reg value = V::fma(V::load(sums + v * lanes), V::load(pass.mul + c), V::load(pass.add + c));
+                if (pass.residual) {
+                    for (int i = 0; i < turn; ++i) line[i] = pass.residual[place + i];
+                    for (int i = turn; i < count; ++i) line[i] = pass.residual[gap + i];
+                    value = V::add(value, V::load(line));
                 }
+                V::store(line, V::at_least(floor, value));
+                for (int i = 0; i < turn; ++i) pass.out[place + i] = line[i];
+                for (int i = turn; i < count; ++i) pass.out[gap + i] = line[i];
+                // The next convolution reads whole pairs.
+                if (den::kWord<T> == 2 && pass.whole_blocks && count % 2) pass.out[pixel + channel_at(pass, c + count)] = T{};
             }
         }
 }
@@ -148,9 +154,10 @@ void tile(const den::BasicConvPass<T>& pass, const TileAt<T>& at) {
         const int halves = run < packed ? run % word : 0;
         const int words = halves ? run / word : (run + word - 1) / word;
         const T* in = at.in + (c0 / block) * pass.in_block + c0 % block;
-        for (int t = 0; t < pass.taps; ++t) {
+        const std::ptrdiff_t tap_weights = (std::ptrdiff_t)((packed + word - 1) / word) * block;
+        for (int t = at.taps.begin; t < at.taps.end; ++t) {
             const T* x = in + pass.tap[t];
-            const T* w = weight;
+            const T* w = weight + t * tap_weights;
             std::ptrdiff_t next_vectors = weight_block;
             int count = words;
             alignas(64) T half[word == 1 ? 1 : NV * V::lanes * word];
@@ -177,19 +184,21 @@ void tile(const den::BasicConvPass<T>& pass, const TileAt<T>& at) {
                     }
                 }
             }
-            weight += (std::ptrdiff_t)((packed + word - 1) / word) * block;
         }
+        weight += pass.taps * tap_weights;
         done += packed;
     }
 
-    // The epilogue runs from memory, in a loop over pixels: a small part of the work, and unrolled it would be most of
-    // the code.
+    if (at.lanes_out == NV * V::lanes && in_one_piece<T, V>(pass, at)) {
+        finish_whole<T, V, NV, R, Q>(pass, at, acc);
+        return;
+    }
     alignas(64) float sums[R * Q][NV * V::lanes];
 #pragma GCC unroll 32
     for (int p = 0; p < R * Q; ++p)
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) V::store(sums[p] + v * V::lanes, acc[p][v]);
-    finish<T, V, NV>(pass, at, R, Q, sums[0]);
+    finish_ragged<T, V, NV>(pass, at, R, Q, sums[0]);
 }
 
 }  // namespace

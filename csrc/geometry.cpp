@@ -25,6 +25,13 @@ BasicBlockedMap<T>::BasicBlockedMap(const ConvShape& conv, Pair slack) : conv_(c
         }
     }
     for (int y = 0; y < rows_; ++y) read_rows_.push_back(row_phase_read[y % conv.stride.y]);
+    for (int y = 0; y < conv.out_height(); ++y) {
+        const int top = y * conv.stride.y - conv.padding.y;  // image row that the first tap reads
+        int begin = 0, end = conv.kernel.y;
+        while (begin < end && top + begin * conv.dilation.y < 0) ++begin;
+        while (begin < end && top + (end - 1) * conv.dilation.y >= conv.height) --end;
+        row_taps_.push_back({begin * conv.kernel.x, end * conv.kernel.x});
+    }
     for (int x = 0; x < columns; ++x) {
         columns_.push_back((x % phases) * phase_pitch + (x / phases) * block);
         read_columns_.push_back(phase_read[x % phases] ? columns_.back() : -1);
@@ -56,6 +63,7 @@ BasicConvPass<T> BasicBlockedMap<T>::pass(const T* map, const T* weight, int act
     pass.in_block = block_pitch_;
     pass.tap = taps_.data();
     pass.taps = conv_.taps();
+    pass.row_taps = row_taps_.data();
     pass.weight = weight;
     pass.group_in = conv_.group_in();
     pass.group_out = conv_.group_out();

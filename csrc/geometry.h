@@ -94,6 +94,7 @@ private:
     std::size_t floats_;
     std::vector<std::ptrdiff_t> columns_, read_columns_, taps_;
     std::vector<char> read_rows_;
+    std::vector<TapRange> row_taps_;
 };
 
 using BlockedMap = BasicBlockedMap<float>;

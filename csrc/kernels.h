@@ -24,6 +24,10 @@ constexpr int kBlock = 16;                                   // outputs in a blo
 template <class T> constexpr int kWord = 4 / sizeof(T);      // channels in a word
 template <class T> constexpr int kMapBlock = 64 / sizeof(T);  // channels in a block of a map; also a row of weights
 
+struct TapRange {
+    int begin, end;
+};
+
 // One convolution over some output rows and some output channels of one sample. All distances count elements.
 template <class T>
 struct BasicConvPass {
@@ -32,6 +36,7 @@ struct BasicConvPass {
     std::ptrdiff_t in_row, in_block;
     const std::ptrdiff_t* tap;
     int taps;
+    const TapRange* row_taps;  // of each output row, the taps that are not all zeros: above or below the image
     // Weights as packed by pack.h.
     const T* weight;
     int group_in, group_out;    // channels of one group, as packed

@@ -189,6 +189,35 @@ def test_winograd_equals_the_reference(isa, dtype, case) -> None:
 
 @isas
 @dtypes
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "dilation"),
+    [
+        ((1, 1), (1, 1), (0, 0), (1, 1)),
+        ((1, 1), (2, 2), (0, 0), (1, 1)),
+        ((1, 3), (3, 1), (0, 1), (1, 2)),
+        ((3, 3), (1, 1), (1, 1), (1, 1)),
+        ((5, 3), (2, 2), (4, 0), (2, 1)),
+    ],
+)
+def test_a_map_larger_than_the_cache(isa, dtype, kernel, stride, padding, dilation) -> None:
+    """One thread takes it a band of rows after the other, several threads all at once: the same bits."""
+    cpu.set_isa(isa)
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 96, 61, 50).to(dtype), (torch.randn(40, 96, *kernel) * 0.05).to(dtype)
+    in_width, out_width = torch.tensor([96, 33]), torch.tensor([40, 25])
+    results = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        results.append(cpu.conv2d(x, weight, None, in_width, out_width, stride, padding, dilation, 1))
+    expected = reference.den_conv2d(
+        x.double(), weight.double(), None, in_width, out_width, stride=stride, padding=padding, dilation=dilation
+    )
+    assert_exact_to_rounding(results[0], expected)
+    assert torch.equal(*results)
+
+
+@isas
+@dtypes
 @pytest.mark.parametrize("width", [8, 27])
 @pytest.mark.parametrize("samples", [1, 4], ids=["direct", "winograd"])
 def test_weights_beyond_the_widths_are_not_read(isa, dtype, width, samples) -> None:
