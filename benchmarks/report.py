@@ -60,7 +60,7 @@ def plot(rows: Sequence[Row], conditions: Conditions) -> Figure:
     figure, axes = plt.subplots(1, len(panels), figsize=(width, 6.2), squeeze=False, sharey=True)
     for axis, panel in zip(axes[0], panels, strict=True):
         _panel(axis, [row for row in rows if (row.dtype, row.den) == panel])
-    axes[0][0].legend(handles=_legend(rows), fontsize=7.5, loc="upper left", framealpha=0.9)
+    axes[0][0].legend(handles=_legend(rows), fontsize=7.5, loc="lower right", framealpha=0.9)
     axes[0][0].set_ylabel("measured speed-up over the fastest dense engine")
     figure.suptitle(f"{rows[0].case}: what the saved FLOPs save in time", y=0.985)
     caption = textwrap.fill(" ".join([*headline(rows, conditions), *_skip_caption(rows)]), int(17.5 * width))
