@@ -6,6 +6,9 @@
 #include <memory>
 #include <new>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #endif
@@ -25,8 +28,14 @@ float* scratch(Scratch kind, std::size_t floats) {
     if (floats > memory.capacity) {
         memory.floats.reset();  // before asking for more: the old contents are of no use
         memory.capacity = 0;
-        const std::size_t bytes = (floats * sizeof(float) + 4095) / 4096 * 4096;
-        void* p = std::aligned_alloc(4096, bytes);
+        // Large memory in large pages, where the system has them: fewer address translations to wait for.
+        constexpr std::size_t kPage = 4096, kLargePage = 2 << 20;
+        const std::size_t page = floats * sizeof(float) >= kLargePage ? kLargePage : kPage;
+        const std::size_t bytes = (floats * sizeof(float) + page - 1) / page * page;
+        void* p = std::aligned_alloc(page, bytes);
+#if defined(__linux__)
+        if (p && page == kLargePage) madvise(p, bytes, MADV_HUGEPAGE);
+#endif
         if (!p) throw std::bad_alloc();
         memory.floats.reset(static_cast<float*>(p));
         memory.capacity = bytes / sizeof(float);

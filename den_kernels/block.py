@@ -120,3 +120,8 @@ def one_by_one(residual_block: Callable[..., None]) -> Callable[..., None]:
             x = y
 
     return residual_chain
+
+
+def unmoved(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """A backend's `gather` where it does not matter in which memory weights lie: the tensors themselves."""
+    return list(tensors)

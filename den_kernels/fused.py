@@ -6,14 +6,14 @@ T sets (such as tasks), L levels, C channels, N samples, H W space.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from den_kernels import ops as _ops  # noqa: F401  (registers torch.ops.den_kernels)
-from den_kernels.backends import resolve
+from den_kernels.backends import load, resolve
 from den_kernels.block import BlockArguments, flatten
 from den_kernels.plan import LevelPlan
 
@@ -93,6 +93,17 @@ class FusedResidualBlock(nn.Module):
         self._arguments = {}
         return super()._apply(fn, recurse)
 
+    def packed(self) -> dict[str, Tensor]:
+        """The packed weights by name of their buffer."""
+        names = [f"{kind}weight{i}" for kind in ("", "few_") for i in range(len(self.kernel_sizes))]
+        return {name: t for name in (*names, "projection") if (t := getattr(self, name)) is not None}
+
+    def move_packed(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put copies of the packed weights in place of them."""
+        for name, tensor in tensors.items():
+            setattr(self, name, tensor)
+        self._arguments = {}
+
     def is_small(self, shape: Sequence[int]) -> bool:
         """Whether a batch [N, C, H, W] is of the small class, for which some weights have a form of their own."""
         step = 4 * math.prod(self.strides)
@@ -153,7 +164,7 @@ class FusedResidualBlock(nn.Module):
 class FusedChain:
     """Fused residual blocks one after the other, in one operator call: no Python between them.
 
-    blocks: of one backend. They stay the modules that they are; the chain only keeps their arguments.
+    blocks: of one backend. They stay the modules that they are; their packed weights are moved next to each other.
     """
 
     def __init__(self, blocks: Sequence[FusedResidualBlock]) -> None:
@@ -161,6 +172,10 @@ class FusedChain:
         if len(backends) != 1:
             raise ValueError(f"blocks use the backends {sorted(backends)}; a chain takes blocks of one")
         self.blocks, self.backend = list(blocks), backends.pop()
+        before = [(block, name, tensor) for block in self.blocks for name, tensor in block.packed().items()]
+        after = load(self.backend).gather([tensor for *_, tensor in before])
+        for (block, name, _), tensor in zip(before, after, strict=True):
+            block.move_packed({name: tensor})
         self._flat: dict[tuple, tuple[list[BlockArguments], tuple[list[Tensor], list[int]]]] = {}
 
     def __call__(self, x: Tensor, plan: LevelPlan, set_index: int = 0) -> Tensor:

@@ -8,6 +8,7 @@ A backend is a module with
     conv2d, conv2d_backward, residual_block, residual_chain     the work, on checked arguments
     pack_weights                        weights as the blocks read them, for large batches and for small ones
     FEW_TILES                           small: fewer tiles of 4 x 4 outputs than this
+    gather                              packed weights moved to where a chain reads them best
 
 Nothing heavy is imported until a backend is asked for.
 """

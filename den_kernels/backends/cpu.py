@@ -10,8 +10,10 @@ Symbols: N samples, C channels, H W space, L levels.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import mmap
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -325,6 +327,38 @@ def pack_weight(weight: Tensor, groups: int, winograd: int = 0) -> Tensor:
     packed = torch.empty(extension.packed_elements(_DTYPES[weight.dtype], *shape), dtype=weight.dtype)
     extension.pack_weight(_DTYPES[weight.dtype], weight.data_ptr(), packed.data_ptr(), *shape, threads)
     return packed
+
+
+_LARGE_PAGE = 2 << 20
+
+
+def gather(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of flat tensors, side by side in one allocation of large pages where the system has them.
+
+    The weights of a network are read from memory once a call when the batch is small; with pages of 4 KiB, half of that
+    time goes into translating addresses.
+    """
+    sizes = [-(-t.numel() * t.element_size() // 64) * 64 for t in tensors]
+    arena = _empty_in_large_pages(sum(sizes))
+    copies, start = [], 0
+    for tensor, size in zip(tensors, sizes, strict=True):
+        place = arena[start : start + tensor.numel() * tensor.element_size()].view(tensor.dtype)
+        copies.append(place.copy_(tensor))
+        start += size
+    return copies
+
+
+def _empty_in_large_pages(size: int) -> Tensor:
+    """Bytes [size], aligned to a large page."""
+    if size == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8)
+    memory = mmap.mmap(-1, size + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # The kernel may be built without: it is as well then.
+    with contextlib.suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    arena = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -arena.data_ptr() % _LARGE_PAGE
+    return arena[start : start + size]
 
 
 def plan_levels(level_NB: Tensor, num_levels: int) -> tuple[Tensor, Tensor, Tensor]:
