@@ -139,13 +139,22 @@ void plan(std::uintptr_t level, const Ints& sizes, std::uintptr_t level_BN, std:
              std::to_string(values[wrong]) + "; it must be between 0 and " + std::to_string(sizes[2] - 1));
 }
 
+std::size_t winograd_packed_elements(const std::string& dtype, int tile, int out_channels, int in_channels) {
+    std::size_t elements = 0;
+    with_element(dtype, [&](auto element) {
+        using T = decltype(element);
+        elements = den::winograd_packed_words<T>(tile, out_channels, in_channels) * den::winograd_word<T>(tile);
+    });
+    return elements;
+}
+
 // The `winograd` that weights of this many values were packed with (the sizes differ); throws if with none.
 int packed_as(const std::string& dtype, std::int64_t values, int i, int in_channels, const den::BlockConv& conv) {
     const int group_in = in_channels / conv.groups, taps = conv.kernel * conv.kernel;
     if (values == std::int64_t(packed_elements(dtype, conv.out_channels, group_in, taps, conv.groups))) return 0;
     if (conv.kernel == 3 && conv.stride == 1 && conv.groups == 1)
         for (int tile : {4, 2})
-            if (values == std::int64_t(den::winograd_packed_floats(tile, conv.out_channels, in_channels))) return tile;
+            if (values == std::int64_t(winograd_packed_elements(dtype, tile, conv.out_channels, in_channels))) return tile;
     fail(entry("weight", i) + " must be packed by this backend's pack_weight for " + std::to_string(in_channels) + " -> " +
          std::to_string(conv.out_channels) + " channels, got " + std::to_string(values) + " values");
 }
@@ -301,9 +310,13 @@ void pack_weight(const std::string& dtype, std::uintptr_t weight, std::uintptr_t
     });
 }
 
-void winograd_pack(int tile, std::uintptr_t weight, std::uintptr_t packed, int out_channels, int in_channels, int threads) {
+void winograd_pack(const std::string& dtype, int tile, std::uintptr_t weight, std::uintptr_t packed, int out_channels,
+                   int in_channels, int threads) {
     py::gil_scoped_release release;
-    den::winograd_pack(tile, at<const float>(weight), out_channels, in_channels, threads, at<float>(packed));
+    with_element(dtype, [&](auto element) {
+        using T = decltype(element);
+        den::winograd_pack(tile, at<const T>(weight), out_channels, in_channels, threads, at<float>(packed));
+    });
 }
 
 }  // namespace
@@ -322,8 +335,8 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("plan", &plan);
     m.def("pack_weight", &pack_weight);
     m.def("winograd_pack", &winograd_pack);
-    m.def("winograd_packed_floats", &den::winograd_packed_floats, py::arg("tile"), py::arg("out_channels"),
-          py::arg("in_channels"));
+    m.def("winograd_packed_elements", &winograd_packed_elements, py::arg("dtype"), py::arg("tile"),
+          py::arg("out_channels"), py::arg("in_channels"));
     m.def("packed_elements", &packed_elements, py::arg("dtype"), py::arg("out_channels"), py::arg("group_in"),
           py::arg("taps"), py::arg("groups"));
     m.def("supported_isas", &den::supported_isas, "Instruction sets that this machine runs, best first.");

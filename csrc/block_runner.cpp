@@ -27,7 +27,7 @@ BlockRunner<T>::BlockRunner(const ResidualBlock& block) : block_(block), kernels
         workspace_floats_ += 2 * scale_floats(conv);
         if (m) {
             const int i = int(maps_.size()) - 1, tiles = chunk_of(i);
-            bench_floats_ = std::max(bench_floats_, winograd_v_floats(m, channels, tiles) + winograd_product_floats(m, tiles));
+            bench_floats_ = std::max(bench_floats_, winograd_v_floats(m, words_of(i), tiles) + winograd_product_floats(m, tiles));
             team_ = std::max(team_, ceil_div(kFewestTiles, tiles_of(i)));
         }
         channels = conv.out_channels, height = shape.out_height(), width = shape.out_width();
@@ -51,8 +51,13 @@ int BlockRunner<T>::tiles_of(int i) const {
 }
 
 template <class T>
+int BlockRunner<T>::words_of(int i) const {
+    return ceil_div(maps_[i].conv().in_channels, winograd_word<T>(block_.convs[i].winograd));
+}
+
+template <class T>
 int BlockRunner<T>::chunk_of(int i) const {
-    const int tile_floats = winograd_points(block_.convs[i].winograd) * maps_[i].conv().in_channels;
+    const int tile_floats = winograd_points(block_.convs[i].winograd) * words_of(i);
     return std::max(kFewestTiles, kBenchFloats / tile_floats);
 }
 
@@ -242,9 +247,9 @@ WinogradPass<T> BlockRunner<T>::winograd_pass(int i, float* v, int tiles) const 
     pass.in_block = map.block_pitch();
     pass.v = v;
     pass.v_block = std::ptrdiff_t(tiles) * kBlock;
-    pass.v_point = winograd_pitch(std::ptrdiff_t(round_up(shape.in_channels, kBlock)) * tiles);
+    pass.v_point = winograd_pitch(std::ptrdiff_t(round_up(words_of(i), kBlock)) * tiles);
     pass.weight = static_cast<const float*>(conv.weight);
-    pass.weight_point = std::ptrdiff_t(shape.in_channels) * kWinogradGroup;
+    pass.weight_point = std::ptrdiff_t(words_of(i)) * kWinogradGroup;
     pass.weight_group = winograd_points(conv.winograd) * pass.weight_point;
     pass.height = shape.height;
     pass.width = shape.width;
@@ -268,7 +273,7 @@ WinogradPass<T> BlockRunner<T>::winograd_pass(int i, float* v, int tiles) const 
 template <class T>
 void BlockRunner<T>::winograd_chunk(int i, const WinogradTile<T>* tiles, int count, float* bench) const {
     const WinogradPass<T> pass = winograd_pass(i, bench, count);
-    float* products = bench + winograd_v_floats(pass.tile, maps_[i].conv().in_channels, count);
+    float* products = bench + winograd_v_floats(pass.tile, words_of(i), count);
     kernels_.winograd->input(pass, tiles, 0, count);
     kernels_.winograd->output(pass, tiles, 0, count, 0, winograd_groups(maps_[i].conv().out_channels), products);
 }
@@ -309,7 +314,7 @@ std::size_t BlockRunner<T>::shared_v_floats(int samples) const {
     std::size_t most = 0;
     for (int i = 0; i < convs(); ++i)
         if (is_winograd(i) && split_groups(i, samples * tiles_of(i)))
-            most = std::max(most, winograd_v_floats(block_.convs[i].winograd, maps_[i].conv().in_channels,
+            most = std::max(most, winograd_v_floats(block_.convs[i].winograd, words_of(i),
                                                     samples * tiles_of(i)));
     return most;
 }

@@ -64,6 +64,7 @@ private:
     int active_in(int i, int n) const { return i == 0 ? block_.channels : hidden(n); }
     int active_out(int i, int n) const { return i + 1 == convs() ? out_channels_ : hidden(n); }
     int tiles_of(int i) const;         // of one sample
+    int words_of(int i) const;         // of the input channels, in V and U
     int chunk_of(int i) const;         // tiles whose V fits a bench
     bool split_groups(int i, int tiles) const;  // whether threads share V and take output channels each
 

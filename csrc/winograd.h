@@ -5,6 +5,9 @@
 //   M = V U        for each point, a matrix product over input channels: [tiles x in] [in x out]
 //   Y = A^T M A    of each tile, for each output channel, then the epilogue
 //
+// V, U and M are float, but for bf16 maps in tiles of 2, whose V and U are pairs of bf16 channels, multiplied as pairs:
+// twice the rate and half the memory. (Tiles of 4 would lose too many digits in bf16: their transforms amplify rounding.)
+//
 // Tiles of several samples, of whatever levels, are multiplied together: they share the weights in cache. Each output is
 // summed over input channels in their order by one accumulator, so a sample's result does not depend on its company.
 #pragma once
@@ -20,7 +23,13 @@ constexpr int kWinogradGroup = 32;  // output channels multiplied together
 inline int winograd_points(int tile) { return (tile + 2) * (tile + 2); }
 inline int winograd_groups(int channels) { return (channels + kWinogradGroup - 1) / kWinogradGroup; }
 
-// One tile of one sample. V, U and M are float whatever the elements of the maps are.
+// Channels in a word of V and U for maps of T: see kernels.h.
+template <class T>
+inline int winograd_word(int tile) {
+    return tile == 2 ? kWord<T> : 1;
+}
+
+// One tile of one sample.
 template <class T>
 struct WinogradTile {
     const T* in;            // the sample's blocked map, padding included
@@ -37,10 +46,10 @@ template <class T>
 struct WinogradPass {
     int tile;  // m
     std::ptrdiff_t in_row, in_block;
-    // V: point p, channel c of tile t is at  v + p*v_point + (c/16)*v_block + t*16 + c%16.
+    // V, counted in 32-bit words: point p, word c of tile t is at  v + p*v_point + (c/16)*v_block + t*16 + c%16.
     float* v;
     std::ptrdiff_t v_point, v_block;
-    // Weights as packed by winograd_pack.
+    // Weights as packed by winograd_pack, counted in words.
     const float* weight;
     std::ptrdiff_t weight_group, weight_point;
     int height, width;  // of the output: tiles at the lower and right border may reach beyond
@@ -66,12 +75,14 @@ struct WinogradKernels {
 // Floats between the points of an array of `floats` each: never a multiple of 4 KiB, which would put the points of a
 // tile into one cache set.
 inline std::ptrdiff_t winograd_pitch(std::ptrdiff_t floats) { return floats + 16; }
-std::size_t winograd_v_floats(int tile, int channels, int tiles);
+// `words`: of input channels.
+std::size_t winograd_v_floats(int tile, int words, int tiles);
 std::size_t winograd_product_floats(int tile, int tiles);
 
-// Weights [out/32][point][in][32]. A nested width is a prefix of both dimensions, so one
-// packing serves every level. Output channels are padded with zeros to 32.
-std::size_t winograd_packed_floats(int tile, int out_channels, int in_channels);
+// Weights [out/32][point][word of in][32]. A nested width is a prefix of both dimensions, so one packing serves every
+// level. Output channels are padded with zeros to 32, input channels to whole words. Counted in words.
+template <class T>
+std::size_t winograd_packed_words(int tile, int out_channels, int in_channels);
 template <class T>
 void winograd_pack(int tile, const T* weight_OIHW, int out_channels, int in_channels, int threads, float* packed);
 

@@ -30,7 +30,7 @@ public:
     }
 
     std::size_t weight_floats() const {
-        return winograd_packed_floats(kTile, args_.shape.out_channels, args_.shape.in_channels);
+        return winograd_packed_words<T>(kTile, args_.shape.out_channels, args_.shape.in_channels);
     }
     // Of one thread: V and products of a chunk of tiles, and the maps of a team.
     std::size_t bench_floats() const {

@@ -24,9 +24,19 @@ constexpr int kMaxTiles = 6;
 
 using Reg = Vec::Reg;
 constexpr int kLanes = Vec::lanes;
-constexpr int kBlock = den::kBlock;                  // channels in a block of V
+constexpr int kBlock = den::kBlock;                  // words in a block of V
 constexpr int kMapBlock = den::kMapBlock<Element>;  // channels in a block of a map
 constexpr int kGroup = den::kWinogradGroup;
+
+// What V and U hold for tiles of M outputs a side.
+template <int M>
+struct Points {
+    using Type = float;
+};
+template <>
+struct Points<2> {
+    using Type = Element;
+};
 
 // One dimension of the transforms; `s` is the distance between neighbours.
 
@@ -100,12 +110,14 @@ struct Transform<4> {
 
 // V of one tile, a vector of channels at a time.
 template <int M>
-void input_tile(const Pass& pass, const Tile& tile, float* v) {
-    constexpr int side = Transform<M>::side;
+void input_tile(const Pass& pass, const Tile& tile, float* words) {
+    using P = typename Points<M>::Type;
+    constexpr int side = Transform<M>::side, word = den::kWord<P>, block = kBlock * word;
+    P* v = reinterpret_cast<P*>(words);
     const Element* in = tile.in + tile.row * pass.in_row + tile.col * kMapBlock;
     for (int c = 0; c < tile.active_in; c += kLanes) {
         const Element* d = in + (c / kMapBlock) * pass.in_block + c % kMapBlock;
-        float* to = v + (c / kBlock) * pass.v_block + c % kBlock;
+        P* to = v + (c / block) * pass.v_block * word + c % block;
         Reg rows[side * side];  // B^T d
 #pragma GCC unroll 6
         for (int x = 0; x < side; ++x) {
@@ -119,9 +131,12 @@ void input_tile(const Pass& pass, const Tile& tile, float* v) {
             Reg points[side];
             Transform<M>::input(rows + y * side, 1, points, 1);
 #pragma GCC unroll 6
-            for (int x = 0; x < side; ++x) Vec::store(to + (y * side + x) * pass.v_point, points[x]);
+            for (int x = 0; x < side; ++x) Vec::store(to + (y * side + x) * pass.v_point * word, points[x]);
         }
     }
+    // The other half of the last pair.
+    if (const int c = tile.active_in; c % word)
+        for (int p = 0; p < side * side; ++p) v[(c / block) * pass.v_block * word + c % block + p * pass.v_point * word] = P{};
 }
 
 void input(const Pass& pass, const Tile* tiles, int tile0, int tile1) {
@@ -132,28 +147,44 @@ void input(const Pass& pass, const Tile* tiles, int tile0, int tile1) {
             input_tile<2>(pass, tiles[t], pass.v + t * kBlock);
 }
 
-// The product of R tiles by NV vectors of output channels at one point.
-template <int NV, int R>
-void product(const float* v, std::ptrdiff_t v_block, int channels, const float* weight, float* out) {
+// The product of R tiles by NV vectors of output channels at one point, over `channels` input channels.
+template <class P, int NV, int R>
+void product(const float* words, std::ptrdiff_t v_block, int channels, const float* weight_words, float* out) {
+    using Words = Product<Vec, P>;
+    constexpr int word = den::kWord<P>;
+    const P* v = reinterpret_cast<const P*>(words);
+    const P* weight = reinterpret_cast<const P*>(weight_words);
     Reg acc[R][NV];
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
         for (int n = 0; n < NV; ++n) acc[r][n] = Vec::zero();
-    for (int c0 = 0; c0 < channels; c0 += kBlock, v += v_block) {
-        const int run = channels - c0 < kBlock ? channels - c0 : kBlock;
-        const float* x = v;
-        for (int c = 0; c < run; ++c, ++x, weight += kGroup) {
-            Reg k[NV];
+
+    const auto step = [&](const P* x, const P* w) __attribute__((always_inline)) {
 #pragma GCC unroll 2
-            for (int n = 0; n < NV; ++n) k[n] = Vec::load(weight + n * kLanes);
+        for (int half = 0; half < Words::steps; ++half) {
+            typename Words::Reg k[NV];
+#pragma GCC unroll 2
+            for (int n = 0; n < NV; ++n) k[n] = Words::weights(w + n * kLanes * word, half);
 #pragma GCC unroll 12
             for (int r = 0; r < R; ++r) {
-                const Reg b = Vec::broadcast(x + r * kBlock);
+                const typename Words::Reg b = Words::broadcast(x + r * kBlock * word, half);
 #pragma GCC unroll 2
-                for (int n = 0; n < NV; ++n) acc[r][n] = Vec::fma(b, k[n], acc[r][n]);
+                for (int n = 0; n < NV; ++n) acc[r][n] = Words::fma(b, k[n], acc[r][n]);
             }
         }
+    };
+    const int whole = channels / word;
+    for (int c0 = 0; c0 < whole; c0 += kBlock) {
+        const int run = whole - c0 < kBlock ? whole - c0 : kBlock;
+        const P* x = v + c0 / kBlock * v_block * word;
+        for (int c = 0; c < run; ++c, x += word, weight += kGroup * word) step(x, weight);
+    }
+    if (channels % word) {
+        // The second weight of the last pair belongs to a channel that is not active.
+        P row[NV * kLanes * word];
+        for (int i = 0; i < NV * kLanes * word; ++i) row[i] = i % word ? P{} : weight[i];
+        step(v + (whole / kBlock * v_block + whole % kBlock) * word, row);
     }
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r)
@@ -163,35 +194,35 @@ void product(const float* v, std::ptrdiff_t v_block, int channels, const float* 
 
 using ProductFn = void (*)(const float*, std::ptrdiff_t, int, const float*, float*);
 
-template <int NV>
+template <class P, int NV>
 struct Products {
     ProductFn of[kMaxTiles + 1];
 
     template <int R>
     constexpr void fill() {
-        of[R] = product<NV, R>;
+        of[R] = product<P, NV, R>;
         if constexpr (R > 1) fill<R - 1>();
     }
     constexpr Products() : of{} { fill<kMaxTiles>(); }
 };
 
 // M of tiles of equal channels, for `vectors` vectors of one group.
-void multiply(const Pass& pass, int first, int count, int channels, int vectors, const float* weight,
-              float* products, std::ptrdiff_t product_point) {
-    static constexpr Products<1> one;
-    static constexpr Products<2> two;
+template <class P>
+void multiply(const Pass& pass, int first, int count, int channels, int vectors, const float* weight, float* products,
+              std::ptrdiff_t product_point) {
+    static constexpr Products<P, 1> one;
+    static constexpr Products<P, 2> two;
     const int parts = (count + kMaxTiles - 1) / kMaxTiles, fewer = count / parts, more = count % parts;
     const int points = den::winograd_points(pass.tile);
     for (int p = 0; p < points; ++p) {
         const float* v = pass.v + p * pass.v_point + first * kBlock;
+        const float* w = weight + p * pass.weight_point;
         float* out = products + p * product_point;
         for (int i = 0; i < parts; ++i) {
             const int rows = fewer + (i < more);
             int n = 0;
-            for (; n + 2 <= vectors; n += 2)
-                two.of[rows](v, pass.v_block, channels, weight + p * pass.weight_point + n * kLanes, out + n * kLanes);
-            if (n < vectors)
-                one.of[rows](v, pass.v_block, channels, weight + p * pass.weight_point + n * kLanes, out + n * kLanes);
+            for (; n + 2 <= vectors; n += 2) two.of[rows](v, pass.v_block, channels, w + n * kLanes, out + n * kLanes);
+            if (n < vectors) one.of[rows](v, pass.v_block, channels, w + n * kLanes, out + n * kLanes);
             v += rows * kBlock;
             out += rows * kGroup;
         }
@@ -267,8 +298,9 @@ void output(const Pass& pass, const Tile* tiles, int tile0, int tile1, int group
             while (end < tile1 && tiles[end].active_in == in && tiles[end].active_out == out) ++end;
             if (out > first) {
                 const int channels = out - first < kGroup ? out - first : kGroup;
-                multiply(pass, t, end - t, in, (channels + kLanes - 1) / kLanes, pass.weight + group * pass.weight_group,
-                         products + (t - tile0) * kGroup, product_point);
+                const auto run = pass.tile == 4 ? multiply<Points<4>::Type> : multiply<Points<2>::Type>;
+                run(pass, t, end - t, in, (channels + kLanes - 1) / kLanes, pass.weight + group * pass.weight_group,
+                    products + (t - tile0) * kGroup, product_point);
             }
             t = end;
         }
@@ -290,14 +322,24 @@ inline float widened(bf16 x) {
     return value;
 }
 
+// A vector of outputs into element `place` of each word of a row of weights.
+inline void store_word(float* row, int, Reg values) { Vec::store(row, values); }
+inline void store_word(bf16* row, int place, Reg values) {
+    bf16 line[kLanes];
+    Vec::store(line, values);
+    for (int i = 0; i < kLanes; ++i) row[2 * i + place] = line[i];
+}
+
 // U of a group of output channels: for each input channel the nine taps side by side, then G g G^T a vector of outputs at
 // a time.
 template <int M>
 void weight_group(const Element* weight, int outs, int in_channels, float* packed) {
-    constexpr int side = Transform<M>::side;
-    const std::ptrdiff_t point = (std::ptrdiff_t)in_channels * kGroup;
+    using P = typename Points<M>::Type;
+    constexpr int side = Transform<M>::side, word = den::kWord<P>;
+    const std::ptrdiff_t point = (std::ptrdiff_t)((in_channels + word - 1) / word) * kGroup * word;
+    P* to = reinterpret_cast<P*>(packed);
     alignas(64) float taps[9][kGroup] = {};
-    for (int in = 0; in < in_channels; ++in, packed += kGroup) {
+    for (int in = 0; in < in_channels; ++in) {
         for (int o = 0; o < outs; ++o) {
             const Element* w = weight + ((std::ptrdiff_t)o * in_channels + in) * 9;
             for (int t = 0; t < 9; ++t) taps[t][o] = widened(w[t]);
@@ -309,15 +351,20 @@ void weight_group(const Element* weight, int outs, int in_channels, float* packe
                 const Reg column[3] = {Vec::load(taps[x] + c), Vec::load(taps[3 + x] + c), Vec::load(taps[6 + x] + c)};
                 Transform<M>::weight(column, 1, rows + x, 3);
             }
+            P* row = to + ((std::ptrdiff_t)(in / word) * kGroup + c) * word;
 #pragma GCC unroll 6
             for (int y = 0; y < side; ++y) {
                 Reg points[side];
                 Transform<M>::weight(rows + y * 3, 1, points, 1);
 #pragma GCC unroll 6
-                for (int x = 0; x < side; ++x) Vec::store(packed + (y * side + x) * point + c, points[x]);
+                for (int x = 0; x < side; ++x) store_word(row + (y * side + x) * point, in % word, points[x]);
             }
         }
     }
+    // The other halves of the last pairs.
+    if (in_channels % word)
+        for (int p = 1; p <= side * side; ++p)
+            for (int o = 0; o < kGroup; ++o) to[p * point - 1 - 2 * o] = P{};
 }
 
 void weights(int tile, const Element* weight, int outs, int in_channels, float* packed) {

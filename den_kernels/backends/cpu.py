@@ -287,11 +287,13 @@ def winograd_tile(weight: Tensor, stride: int, groups: int, few: bool) -> int:
     """Outputs a side of the Winograd tiles that a convolution is computed with; 0: directly.
 
     weight: [C_out, C_in, K, K]. few: whether the batch has fewer than `FEW_TILES` tiles of 4x4 outputs. Decided by
-    shape and batch size alone, so that a sample's result does not depend on its batch mates.
+    dtype, shape and batch size alone, so that a sample's result does not depend on its batch mates.
     """
     C_out, C_in, *kernel = weight.shape
     if kernel != [3, 3] or stride != 1 or groups != 1 or min(C_out, C_in) < 8:
         return 0
+    if weight.dtype == torch.bfloat16:
+        return 2
     return 2 if few and C_out * C_in >= LARGE_WEIGHTS else 4
 
 
@@ -305,17 +307,18 @@ def pack_weights(weight: Tensor, stride: int, groups: int, winograd: bool) -> tu
 def pack_weight(weight: Tensor, groups: int, winograd: int = 0) -> Tensor:
     """Weights [C_out, C_in/groups, K, K] as `residual_block` reads them: a flat tensor.
 
-    winograd: 2 or 4 transforms them for tiles of that many outputs a side, in float32 (csrc/winograd.h); 0: as they
-    are, in their dtype (csrc/pack.h). The sizes differ, which is how `residual_block` knows.
+    winograd: 2 or 4 transforms them for tiles of that many outputs a side (csrc/winograd.h; tiles of 4 in float32
+    whatever their dtype); 0: as they are (csrc/pack.h). The sizes differ, which is how `residual_block` knows.
     """
     extension = _extension()
     weight = weight.detach().contiguous()
     C_out, group_in, *kernel = weight.shape
     threads = torch.get_num_threads()
+    name = _DTYPES[weight.dtype]
     if winograd:
-        packed = torch.empty(extension.winograd_packed_floats(winograd, C_out, group_in), dtype=torch.float32)
-        weight = weight.float()
-        extension.winograd_pack(winograd, weight.data_ptr(), packed.data_ptr(), C_out, group_in, threads)
+        size = extension.winograd_packed_elements(name, winograd, C_out, group_in)
+        packed = torch.empty(size, dtype=weight.dtype if winograd == 2 else torch.float32)
+        extension.winograd_pack(name, winograd, weight.data_ptr(), packed.data_ptr(), C_out, group_in, threads)
         return packed
     if weight.dtype == torch.bfloat16 and groups > 1 and group_in % 2:
         raise ValueError(
@@ -324,8 +327,8 @@ def pack_weight(weight: Tensor, groups: int, winograd: int = 0) -> Tensor:
         )
     taps = kernel[0] * kernel[1]
     shape = (C_out, group_in, taps, groups)
-    packed = torch.empty(extension.packed_elements(_DTYPES[weight.dtype], *shape), dtype=weight.dtype)
-    extension.pack_weight(_DTYPES[weight.dtype], weight.data_ptr(), packed.data_ptr(), *shape, threads)
+    packed = torch.empty(extension.packed_elements(name, *shape), dtype=weight.dtype)
+    extension.pack_weight(name, weight.data_ptr(), packed.data_ptr(), *shape, threads)
     return packed
 
 

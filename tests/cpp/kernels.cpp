@@ -149,7 +149,7 @@ bool residual_block_case() {
         weight.push_back(normal(std::size_t(out) * in * taps, 1 / std::sqrt(float(in * taps))));
         winograd.push_back(kernel == 3 ? one_of({0, 2, 4}) : 0);
         if (winograd[i]) {
-            packed.emplace_back(den::winograd_packed_floats(winograd[i], out, in));
+            packed.emplace_back(den::winograd_packed_words<float>(winograd[i], out, in));
             den::winograd_pack(winograd[i], weight[i].data(), out, in, 1, packed[i].data());
         } else {
             packed.emplace_back(den::packed_elements<float>(out, in, taps, 1));
