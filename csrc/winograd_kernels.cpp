@@ -147,9 +147,34 @@ void input(const Pass& pass, const Tile* tiles, int tile0, int tile1) {
             input_tile<2>(pass, tiles[t], pass.v + t * kBlock);
 }
 
-// The product of R tiles by NV vectors of output channels at one point, over `channels` input channels.
+// Asks for the weights that are read kAhead words from now. Of each point a prefix of the words is read: from its end the
+// way leaps to the next point. Large weights come from memory, and without notice too slowly.
+class Ahead {
+public:
+    // point: floats from a point to the next, of which the first `words` rows are read.
+    Ahead(const float* weight, std::ptrdiff_t point, int words)
+        : line_(weight + kAhead / words * point + kAhead % words * kGroup),
+          leap_(point - (std::ptrdiff_t)words * kGroup), words_(words), left_(words - kAhead % words) {}
+
+    void step() {
+        __builtin_prefetch(line_);
+        __builtin_prefetch(line_ + kGroup / 2);
+        line_ += kGroup;
+        if (--left_ == 0) line_ += leap_, left_ = words_;
+    }
+
+private:
+    static constexpr int kAhead = 48;
+    const float* line_;
+    std::ptrdiff_t leap_;
+    int words_, left_;
+};
+
+// The product of R tiles by NV vectors of output channels at one point, over `channels` input channels; `point`: see
+// Ahead, 0 where these weights were read just before.
 template <class P, int NV, int R>
-void product(const float* words, std::ptrdiff_t v_block, int channels, const float* weight_words, float* out) {
+void product(const float* words, std::ptrdiff_t v_block, int channels, const float* weight_words, std::ptrdiff_t point,
+             float* out) {
     using Words = Product<Vec, P>;
     constexpr int word = den::kWord<P>;
     const P* v = reinterpret_cast<const P*>(words);
@@ -175,10 +200,21 @@ void product(const float* words, std::ptrdiff_t v_block, int channels, const flo
         }
     };
     const int whole = channels / word;
-    for (int c0 = 0; c0 < whole; c0 += kBlock) {
-        const int run = whole - c0 < kBlock ? whole - c0 : kBlock;
-        const P* x = v + c0 / kBlock * v_block * word;
-        for (int c = 0; c < run; ++c, x += word, weight += kGroup * word) step(x, weight);
+    const auto all_words = [&](auto notice) __attribute__((always_inline)) {
+        for (int c0 = 0; c0 < whole; c0 += kBlock) {
+            const int run = whole - c0 < kBlock ? whole - c0 : kBlock;
+            const P* x = v + c0 / kBlock * v_block * word;
+            for (int c = 0; c < run; ++c, x += word, weight += kGroup * word) {
+                notice();
+                step(x, weight);
+            }
+        }
+    };
+    if (point && whole) {
+        Ahead ahead(weight_words, point, whole);
+        all_words([&] { ahead.step(); });
+    } else {
+        all_words([] {});
     }
     if (channels % word) {
         // The second weight of the last pair belongs to a channel that is not active.
@@ -192,7 +228,7 @@ void product(const float* words, std::ptrdiff_t v_block, int channels, const flo
         for (int n = 0; n < NV; ++n) Vec::store(out + r * kGroup + n * kLanes, acc[r][n]);
 }
 
-using ProductFn = void (*)(const float*, std::ptrdiff_t, int, const float*, float*);
+using ProductFn = void (*)(const float*, std::ptrdiff_t, int, const float*, std::ptrdiff_t, float*);
 
 template <class P, int NV>
 struct Products {
@@ -221,8 +257,10 @@ void multiply(const Pass& pass, int first, int count, int channels, int vectors,
         for (int i = 0; i < parts; ++i) {
             const int rows = fewer + (i < more);
             int n = 0;
-            for (; n + 2 <= vectors; n += 2) two.of[rows](v, pass.v_block, channels, w + n * kLanes, out + n * kLanes);
-            if (n < vectors) one.of[rows](v, pass.v_block, channels, w + n * kLanes, out + n * kLanes);
+            const std::ptrdiff_t point = i == 0 ? pass.weight_point : 0;
+            for (; n + 2 <= vectors; n += 2)
+                two.of[rows](v, pass.v_block, channels, w + n * kLanes, point, out + n * kLanes);
+            if (n < vectors) one.of[rows](v, pass.v_block, channels, w + n * kLanes, point, out + n * kLanes);
             v += rows * kBlock;
             out += rows * kGroup;
         }
