@@ -30,6 +30,13 @@ struct Phase {
         if (tap.empty() || count == 0) return 0;
         return std::max({0, back.back() - start, start + count - back.front() - grad_size});
     }
+    // For pixel t, the entries of `tap` whose pixel of the gradient exists.
+    TapRange inside(int t, int grad_size) const {
+        int begin = 0, end = int(tap.size());
+        while (begin < end && start + t - back[begin] >= grad_size) ++begin;
+        while (begin < end && start + t - back[end - 1] < 0) --end;
+        return {begin, end};
+    }
 };
 
 std::vector<Phase> phases(int size, int kernel, int stride, int padding, int dilation) {
@@ -96,12 +103,17 @@ public:
                     untouched_ = true;  // such as three pixels in four behind a 1x1 convolution of stride 2
                     continue;
                 }
-                Pass pass{y, x, {}, {}, {}, packed_floats_};
+                Pass pass{y, x, {}, {}, {}, {}, packed_floats_};
                 for (std::size_t ky = 0; ky < y.tap.size(); ++ky)
                     for (std::size_t kx = 0; kx < x.tap.size(); ++kx) {
                         pass.taps.push_back(y.tap[ky] * s.kernel.x + x.tap[kx]);
                         pass.offsets.push_back(-y.back[ky] * map_.row_pitch() - x.back[kx] * kBlock);
                     }
+                const int across = int(x.tap.size());
+                for (int t = 0; t < y.count; ++t) {
+                    const TapRange rows = y.inside(t, s.out_height());
+                    pass.row_taps.push_back({rows.begin * across, rows.end * across});
+                }
                 for (int t = 0; t < x.count; ++t)
                     pass.columns.push_back(std::ptrdiff_t(x.first + t * s.stride.x) * s.in_channels);
                 packed_floats_ += packed_elements<float>(s.in_channels, s.group_out(), int(pass.taps.size()), s.groups);
@@ -149,6 +161,7 @@ public:
             pass.in = map_.image(map) + map_.columns()[0] + at.y.start * map_.row_pitch() + at.x.start * kBlock;
             pass.tap = at.offsets.data();
             pass.taps = int(at.taps.size());
+            pass.row_taps = at.row_taps.data();
             pass.mul = ones_.data();
             pass.add = zeros_.data();
             pass.out = dx + std::ptrdiff_t(at.y.first) * s.width * s.in_channels;
@@ -170,6 +183,7 @@ private:
         Phase y, x;
         std::vector<int> taps;
         std::vector<std::ptrdiff_t> offsets, columns;
+        std::vector<TapRange> row_taps;
         std::size_t weight;  // where its packed weights begin
     };
 
