@@ -169,6 +169,8 @@ void tile(const den::BasicConvPass<T>& pass, const TileAt<T>& at) {
                 for (int c = 0; c < count; ++c, x += word, w += block) {
 #pragma GCC unroll 2
                     for (int step = 0; step < P::steps; ++step) {
+                        // Words are loaded anew in each step: kept from the first, they would take all registers.
+                        if constexpr (P::steps > 1) __asm__("" : "+r"(x), "+r"(w));
                         typename P::Reg k[NV];
 #pragma GCC unroll 4
                         for (int v = 0; v < NV; ++v)
