@@ -74,7 +74,7 @@ void tile_rows(const ConvPass& pass, TileAtElement at, int row0, int row1) {
         at.col = 0;
         for (int i = 0; i < count; ++i) {
             const int q = narrow + (i < wider);
-            at.in = in + at.col * den::kMapBlock<Element>;
+            at.in = in + at.col * pass.in_pixel;
             set[q - 1](pass, at);
             at.col += q;
         }
