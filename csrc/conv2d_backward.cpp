@@ -149,6 +149,7 @@ public:
             pass.in = map_.image(map) + map_.columns()[0] + at.y.start * map_.row_pitch() + at.x.start * kBlock;
             pass.tap = at.offsets.data();
             pass.taps = int(at.taps.size());
+            pass.row_taps = nullptr;  // those of the map's own convolution
             pass.mul = ones_.data();
             pass.add = zeros_.data();
             pass.out = dx + std::ptrdiff_t(at.y.first) * s.width * s.in_channels;

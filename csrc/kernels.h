@@ -36,7 +36,8 @@ struct BasicConvPass {
     std::ptrdiff_t in_row, in_pixel, in_block;
     const std::ptrdiff_t* tap;
     int taps;
-    const TapRange* row_taps;  // of each output row, the taps that are not all zeros: above or below the image
+    // Of each output row, the taps that are not all zeros (above or below the image); null: all taps of all rows.
+    const TapRange* row_taps;
     // Weights as packed by pack.h.
     const T* weight;
     int group_in, group_out;    // channels of one group, as packed
