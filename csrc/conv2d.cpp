@@ -12,6 +12,10 @@ namespace den {
 
 namespace {
 
+bool is_plain_1x1(const ConvShape& s) {
+    return s.taps() == 1 && s.stride.y == 1 && s.stride.x == 1 && s.padding.y == 0 && s.padding.x == 0;
+}
+
 template <class T>
 class Runner {
 public:
@@ -66,6 +70,9 @@ public:
     int units(int n) const { return args_.shape.units(computed(n)); }
 
 private:
+    // A plain 1x1 convolution reads the image itself, unless its channels end in half a pair.
+    bool reads_image(int n) const { return is_plain_1x1(args_.shape) && in_width(n) % kWord<T> == 0; }
+
     static bool reads_rows_once(const ConvShape& s) { return s.kernel.y == 1 && s.padding.y == 0; }
 
     // Output rows of a band: as many as read and write about a quarter of the L2 cache.
@@ -88,6 +95,7 @@ private:
     // Image rows [row0, row1) into a map whose first row is that which output row `origin` reads first.
     void load_rows(const BasicBlockedMap<T>& to, T* map, int n, int origin, int row0, int row1) const {
         const ConvShape& s = args_.shape;
+        if (reads_image(n)) return;
         const int first = origin * s.stride.y;
         BasicMapLoad<T> load{};
         load.in_row = std::ptrdiff_t(s.width) * s.in_channels;
@@ -108,6 +116,12 @@ private:
               int row1) const {
         const ConvShape& s = args_.shape;
         BasicConvPass<T> pass = from.pass(map, packed_, in_width(n), computed(n));
+        if (reads_image(n)) {
+            pass.in_pixel = s.in_channels;
+            pass.in_row = std::ptrdiff_t(s.width) * s.in_channels;
+            pass.in_block = kMapBlock<T>;
+            pass.in = args_.x + std::ptrdiff_t(n) * s.height * s.width * s.in_channels + origin * pass.in_row;
+        }
         pass.mul = ones_;
         pass.add = bias_;
         pass.out_row = std::ptrdiff_t(s.out_width()) * s.out_channels;
@@ -132,7 +146,7 @@ private:
 // A 1x1 convolution sees no rows: those of a small image are joined to longer ones, which split into better tiles.
 ConvShape joined_rows(ConvShape s) {
     constexpr int kEnough = 48;  // pixels
-    if (s.taps() > 1 || s.stride.y > 1 || s.stride.x > 1 || s.padding.y > 0 || s.padding.x > 0) return s;
+    if (!is_plain_1x1(s)) return s;
     int rows = 1;
     while (rows < s.height && (rows * s.width < kEnough || s.height % rows)) ++rows;
     s.width *= rows;

@@ -134,7 +134,7 @@ void tile(const den::BasicConvPass<T>& pass, const TileAt<T>& at) {
     constexpr int word = den::kWord<T>, block = den::kMapBlock<T>;  // a row of 16 weight words is as long as a block
     constexpr int per_block = den::kBlock / V::lanes;
     const std::ptrdiff_t weight_block = weight_block_of(pass);
-    const std::ptrdiff_t in_row = pass.in_row;
+    const std::ptrdiff_t in_row = pass.in_row, in_pixel = pass.in_pixel;
 
     prefetch<T, V, NV>(pass, at, R, Q);
     typename V::Reg acc[R * Q][NV];
@@ -169,6 +169,8 @@ void tile(const den::BasicConvPass<T>& pass, const TileAt<T>& at) {
                 for (int c = 0; c < count; ++c, x += word, w += block) {
 #pragma GCC unroll 2
                     for (int step = 0; step < P::steps; ++step) {
+                        // Words are loaded anew in each step: kept from the first, they would take all registers.
+                        if constexpr (P::steps > 1) __asm__("" : "+r"(x), "+r"(w));
                         typename P::Reg k[NV];
 #pragma GCC unroll 4
                         for (int v = 0; v < NV; ++v)
@@ -177,7 +179,7 @@ void tile(const den::BasicConvPass<T>& pass, const TileAt<T>& at) {
                         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 32
                             for (int q = 0; q < Q; ++q) {
-                                const typename P::Reg b = P::broadcast(x + r * in_row + q * block, step);
+                                const typename P::Reg b = P::broadcast(x + r * in_row + q * in_pixel, step);
 #pragma GCC unroll 4
                                 for (int v = 0; v < NV; ++v) acc[r * Q + q][v] = P::fma(b, k[v], acc[r * Q + q][v]);
                             }

@@ -60,6 +60,7 @@ BasicConvPass<T> BasicBlockedMap<T>::pass(const T* map, const T* weight, int act
     BasicConvPass<T> pass{};
     pass.in = map;
     pass.in_row = conv_.stride.y * row_pitch_;
+    pass.in_pixel = kMapBlock<T>;
     pass.in_block = block_pitch_;
     pass.tap = taps_.data();
     pass.taps = conv_.taps();

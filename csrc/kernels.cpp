@@ -55,6 +55,10 @@ struct Tiles {
     constexpr Tiles() : whole{}, single{} { fill<cols>(); }
 };
 
+inline den::TapRange taps_of(const ConvPass& pass, int row) {
+    return pass.row_taps ? pass.row_taps[row] : den::TapRange{0, pass.taps};
+}
+
 inline bool same(den::TapRange a, den::TapRange b) { return a.begin == b.begin && a.end == b.end; }
 
 template <class V, int NV>
@@ -65,16 +69,16 @@ void tile_rows(const ConvPass& pass, TileAtElement at, int row0, int row1) {
     const int count = (pass.width + cols - 1) / cols;
     const int narrow = pass.width / count, wider = pass.width % count;
     for (int row = row0; row < row1;) {
-        at.taps = pass.row_taps[row];
+        at.taps = taps_of(pass, row);
         // Rows with other taps go alone, so that the sum of an output is the same in every tile.
-        const int height = row + rows <= row1 && same(at.taps, pass.row_taps[row + rows - 1]) ? rows : 1;
+        const int height = row + rows <= row1 && same(at.taps, taps_of(pass, row + rows - 1)) ? rows : 1;
         const Tile* set = height == rows ? tiles.whole : tiles.single;
         const Element* in = pass.in + row * pass.in_row;
         at.row = row;
         at.col = 0;
         for (int i = 0; i < count; ++i) {
             const int q = narrow + (i < wider);
-            at.in = in + at.col * den::kMapBlock<Element>;
+            at.in = in + at.col * pass.in_pixel;
             set[q - 1](pass, at);
             at.col += q;
         }

@@ -31,12 +31,13 @@ struct TapRange {
 // One convolution over some output rows and some output channels of one sample. All distances count elements.
 template <class T>
 struct BasicConvPass {
-    // Input: output pixel (y, x), tap t, channel c is at  in + y*in_row + x*b + tap[t] + (c/b)*in_block + c%b.
+    // Input: output pixel (y, x), tap t, channel c is at  in + y*in_row + x*in_pixel + tap[t] + (c/b)*in_block + c%b.
     const T* in;
-    std::ptrdiff_t in_row, in_block;
+    std::ptrdiff_t in_row, in_pixel, in_block;
     const std::ptrdiff_t* tap;
     int taps;
-    const TapRange* row_taps;  // of each output row, the taps that are not all zeros: above or below the image
+    // Of each output row, the taps that are not all zeros (above or below the image); null: all taps of all rows.
+    const TapRange* row_taps;
     // Weights as packed by pack.h.
     const T* weight;
     int group_in, group_out;    // channels of one group, as packed
