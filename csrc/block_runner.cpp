@@ -9,6 +9,19 @@ namespace {
 // V of a chunk of tiles stays in half of an L2 cache; fewer tiles than these would make the weights the larger traffic.
 constexpr int kBenchFloats = 96 * 1024;
 constexpr int kFewestTiles = 16;
+constexpr int kFewestShare = 8;  // of a thread, when a sample is shared
+
+// Where to cut a list of tiles for pieces of about equal cost: pieces + 1 places.
+template <class T>
+std::vector<int> even_cuts(const std::vector<WinogradTile<T>>& tiles, int pieces) {
+    std::vector<double> before(1, 0.0);
+    for (const WinogradTile<T>& tile : tiles)
+        before.push_back(before.back() + double(tile.active_in) * tile.active_out + 4.0 * (tile.active_in + tile.active_out));
+    std::vector<int> cuts;
+    for (int p = 0; p <= pieces; ++p)
+        cuts.push_back(int(std::lower_bound(before.begin(), before.end() - 1, before.back() * p / pieces * (1 - 1e-9)) - before.begin()));
+    return cuts;
+}
 
 }  // namespace
 
@@ -304,16 +317,15 @@ void BlockRunner<T>::run_team(float* workspaces, const int* samples, int count, 
 }
 
 template <class T>
-bool BlockRunner<T>::split_groups(int i, int tiles) const {
-    const ConvShape& shape = maps_[i].conv();
-    return tiles < shape.out_channels;  // V is then smaller than the weights
+bool BlockRunner<T>::split_groups(int i, int tiles, int threads) const {
+    return tiles < kFewestShare * threads;
 }
 
 template <class T>
-std::size_t BlockRunner<T>::shared_v_floats(int samples) const {
+std::size_t BlockRunner<T>::shared_v_floats(int samples, int threads) const {
     std::size_t most = 0;
     for (int i = 0; i < convs(); ++i)
-        if (is_winograd(i) && split_groups(i, samples * tiles_of(i)))
+        if (is_winograd(i) && split_groups(i, samples * tiles_of(i), threads))
             most = std::max(most, winograd_v_floats(block_.convs[i].winograd, words_of(i),
                                                     samples * tiles_of(i)));
     return most;
@@ -324,13 +336,13 @@ void BlockRunner<T>::shared_winograd(int i, float* workspaces, const std::vector
                                   float* bench, int threads) const {
     const std::vector<WinogradTile<T>> all = tiles(i, workspaces, samples.data(), int(samples.size()));
     const int total = int(all.size());
-    if (!split_groups(i, total)) {
-        const int chunks = round_up(ceil_div(total, chunk_of(i)), threads);
-#pragma omp for schedule(dynamic, 1)
-        for (int c = 0; c < chunks; ++c) {
-            const int first = total * c / chunks, end = total * (c + 1) / chunks;
-            if (end > first) winograd_chunk(i, all.data() + first, end - first, bench);
-        }
+    if (!split_groups(i, total, threads)) {
+        const std::vector<int> cuts = even_cuts(all, round_up(ceil_div(total, chunk_of(i)), threads));
+        // Static: a thread meets the rows that it wrote.
+#pragma omp for schedule(static)
+        for (int c = 0; c < int(cuts.size()) - 1; ++c)
+            for (int first = cuts[c]; first < cuts[c + 1]; first += chunk_of(i))
+                winograd_chunk(i, all.data() + first, std::min(chunk_of(i), cuts[c + 1] - first), bench);
         return;
     }
     const WinogradPass<T> pass = winograd_pass(i, shared_v, total);

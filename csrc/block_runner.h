@@ -42,11 +42,11 @@ public:
     void prepare_part(float* workspace, int n, int part, int parts, float* bench) const;
     // Direct convolution i of a shared sample, cut for several threads.
     bool is_winograd(int i) const { return block_.convs[i].winograd != 0; }
-    Cut cut(int i, int n, int parts) const { return Cut(maps_[i].conv(), active_in(i, n), active_out(i, n), parts); }
+    Cut cut(int i, int n, int parts) const { return Cut(maps_[i].conv(), active_out(i, n), parts); }
     void conv(float* workspace, int i, int n, int unit0, int unit1, int row0, int row1) const;
     // Winograd convolution i of shared samples in workspaces that follow each other, called by every thread of a team.
     // `shared_v` holds shared_v_floats(samples) that all threads write.
-    std::size_t shared_v_floats(int samples) const;
+    std::size_t shared_v_floats(int samples, int threads) const;
     void shared_winograd(int i, float* workspaces, const std::vector<int>& samples, float* shared_v, float* bench,
                          int threads) const;
 
@@ -66,7 +66,7 @@ private:
     int tiles_of(int i) const;         // of one sample
     int words_of(int i) const;         // of the input channels, in V and U
     int chunk_of(int i) const;         // tiles whose V fits a bench
-    bool split_groups(int i, int tiles) const;  // whether threads share V and take output channels each
+    bool split_groups(int i, int tiles, int threads) const;  // whether threads share V and take output channels each
 
     void load_scales(float* workspace, int n) const;
     // Rows of sample n into a map, through the norm in front if `norm`.

@@ -38,7 +38,7 @@ public:
         return s.macs_per_channel_pair() * in_width(n) * out_width(n) / s.groups + pixels * s.out_channels;
     }
 
-    Cut cut(int n, int parts) const { return Cut(args_.shape, in_width(n), computed(n), parts); }
+    Cut cut(int n, int parts) const { return Cut(args_.shape, computed(n), parts); }
 
     // The steps of a shared sample, whose map holds the whole image.
     void zero_borders(T* map) const { map_.zero_border(map, args_.shape.in_channels); }

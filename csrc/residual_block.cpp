@@ -32,7 +32,7 @@ void residual_block(const ResidualBlock& block) {
     const int parts = shares ? ceil_div(2 * threads, shares) : 1;  // of each shared sample
 
     const std::size_t floats = run.workspace_floats(), own = (whole ? team * floats : 0) + run.bench_floats();
-    float* memory = scratch(Scratch::kWork, threads * own + shares * floats + run.shared_v_floats(shares));
+    float* memory = scratch(Scratch::kWork, threads * own + shares * floats + run.shared_v_floats(shares, threads));
     float* shared_memory = memory + threads * own;
     float* shared_v = shared_memory + shares * floats;
     std::vector<Cut> cuts;  // [conv][shared sample]
@@ -55,7 +55,7 @@ void residual_block(const ResidualBlock& block) {
 #pragma omp for schedule(dynamic, 1) nowait
         for (int i = 0; i < idles; ++i) run.shortcut(idle[i], 0, run.out_height(), bench);
         if (shares) {
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(static)
             for (int i = 0; i < shares * parts; ++i)
                 run.prepare_part(shared_memory + i / parts * floats, shared[i / parts], i % parts, parts, bench);
             for (int c = 0; c < run.convs(); ++c) {
@@ -63,7 +63,7 @@ void residual_block(const ResidualBlock& block) {
                     run.shared_winograd(c, shared_memory, shared, shared_v, bench, threads);
                     continue;
                 }
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(static)
                 for (int i = 0; i < shares * parts; ++i) {
                     const int s = i / parts;
                     const Cut& cut = cuts[c * shares + s];

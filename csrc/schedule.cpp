@@ -78,17 +78,11 @@ int count_whole(const std::vector<double>& cost, int threads) {
     return best;
 }
 
-Cut::Cut(const ConvShape& conv, int active_in, int active_out, int parts)
+Cut::Cut(const ConvShape& conv, int active_out, int parts)
     : units(conv.units(active_out)), rows(conv.out_height()) {
-    const double weights = double(active_out) * active_in / conv.groups * conv.taps();
-    const double map = double(active_in) * conv.height * conv.width;
-    if (weights > map) {
-        by_units = std::min(parts, units);
-        by_rows = std::min(ceil_div(parts, by_units), rows);
-    } else {
-        by_rows = std::min(parts, rows);
-        by_units = std::min(ceil_div(parts, by_rows), units);
-    }
+    // By rows, if there are enough: each thread then goes on with the rows that it wrote.
+    by_rows = std::min(parts, std::max(1, rows / 2));
+    by_units = std::min(ceil_div(parts, by_rows), units);
 }
 
 }  // namespace den

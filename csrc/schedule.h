@@ -36,13 +36,12 @@ T* elements(float* memory) {
 // keep all threads busy, are then run by all threads together. Only time depends on the answer, no result.
 int count_whole(const std::vector<double>& cost, int threads);
 
-// A convolution of one sample cut for several threads: by output channels when the weights are the larger traffic (each
-// thread then reads its own), by rows when the map is.
+// A convolution of one sample cut for several threads: by rows, and where those are few by output channels too.
 struct Cut {
     int by_units, by_rows;
     int units, rows;
 
-    Cut(const ConvShape& conv, int active_in, int active_out, int parts);
+    Cut(const ConvShape& conv, int active_out, int parts);
     int parts() const { return by_units * by_rows; }
     int unit0(int part) const { return int((long long)units * (part / by_rows) / by_units); }
     int unit1(int part) const { return int((long long)units * (part / by_rows + 1) / by_units); }
