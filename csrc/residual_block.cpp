@@ -7,8 +7,21 @@
 
 namespace den {
 
+namespace {
+
+// Whether the block leaves its map as it is: in place, every sample at width 0.
+bool is_identity(const ResidualBlock& block) {
+    if (block.x != block.out || block.projection.weight) return false;
+    for (const BlockConv& conv : block.convs)
+        if (conv.stride != 1) return false;
+    return std::all_of(block.level, block.level + block.samples, [&](int level) { return block.widths[level] == 0; });
+}
+
+}  // namespace
+
 template <class T>
 void residual_block(const ResidualBlock& block) {
+    if (is_identity(block)) return;
     const BlockRunner<T> run(block);
     std::vector<int> active, idle;
     for (int i = 0; i < block.samples; ++i) {
