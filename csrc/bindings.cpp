@@ -139,11 +139,11 @@ void plan(std::uintptr_t level, const Ints& sizes, std::uintptr_t level_BN, std:
              std::to_string(values[wrong]) + "; it must be between 0 and " + std::to_string(sizes[2] - 1));
 }
 
-std::size_t winograd_packed_elements(const std::string& dtype, int tile, int out_channels, int in_channels) {
+std::size_t winograd_packed_elements(const std::string& dtype, int tile, int out_channels, int group_in, int groups) {
     std::size_t elements = 0;
     with_element(dtype, [&](auto element) {
         using T = decltype(element);
-        elements = den::winograd_packed_words<T>(tile, out_channels, in_channels) * den::winograd_word<T>(tile);
+        elements = groups * den::winograd_packed_words<T>(tile, out_channels / groups, group_in) * den::winograd_word<T>(tile);
     });
     return elements;
 }
@@ -152,9 +152,14 @@ std::size_t winograd_packed_elements(const std::string& dtype, int tile, int out
 int packed_as(const std::string& dtype, std::int64_t values, int i, int in_channels, const den::BlockConv& conv) {
     const int group_in = in_channels / conv.groups, taps = conv.kernel * conv.kernel;
     if (values == std::int64_t(packed_elements(dtype, conv.out_channels, group_in, taps, conv.groups))) return 0;
-    if (conv.kernel == 3 && conv.stride == 1 && conv.groups == 1)
+    bool takes = false;
+    with_element(dtype, [&](auto element) {
+        takes = den::winograd_takes<decltype(element)>(conv.groups, conv.out_channels / conv.groups, group_in);
+    });
+    if (conv.kernel == 3 && conv.stride == 1 && takes)
         for (int tile : {4, 2})
-            if (values == std::int64_t(winograd_packed_elements(dtype, tile, conv.out_channels, in_channels))) return tile;
+            if (values == std::int64_t(winograd_packed_elements(dtype, tile, conv.out_channels, group_in, conv.groups)))
+                return tile;
     fail(entry("weight", i) + " must be packed by this backend's pack_weight for " + std::to_string(in_channels) + " -> " +
          std::to_string(conv.out_channels) + " channels, got " + std::to_string(values) + " values");
 }
@@ -311,11 +316,14 @@ void pack_weight(const std::string& dtype, std::uintptr_t weight, std::uintptr_t
 }
 
 void winograd_pack(const std::string& dtype, int tile, std::uintptr_t weight, std::uintptr_t packed, int out_channels,
-                   int in_channels, int threads) {
+                   int group_in, int groups, int threads) {
     py::gil_scoped_release release;
     with_element(dtype, [&](auto element) {
         using T = decltype(element);
-        den::winograd_pack(tile, at<const T>(weight), out_channels, in_channels, threads, at<float>(packed));
+        const int group_out = out_channels / groups;
+        for (int g = 0; g < groups; ++g)
+            den::winograd_pack(tile, at<const T>(weight) + std::ptrdiff_t(g) * group_out * group_in * 9, group_out, group_in,
+                               threads, at<float>(packed) + g * den::winograd_packed_words<T>(tile, group_out, group_in));
     });
 }
 
@@ -336,7 +344,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("pack_weight", &pack_weight);
     m.def("winograd_pack", &winograd_pack);
     m.def("winograd_packed_elements", &winograd_packed_elements, py::arg("dtype"), py::arg("tile"),
-          py::arg("out_channels"), py::arg("in_channels"));
+          py::arg("out_channels"), py::arg("group_in"), py::arg("groups"));
     m.def("packed_elements", &packed_elements, py::arg("dtype"), py::arg("out_channels"), py::arg("group_in"),
           py::arg("taps"), py::arg("groups"));
     m.def("supported_isas", &den::supported_isas, "Instruction sets that this machine runs, best first.");

@@ -33,9 +33,13 @@ BlockRunner<T>::BlockRunner(const ResidualBlock& block) : block_(block), kernels
         ConvShape shape{channels,         conv.out_channels,          conv.groups, height, width,
                         {conv.kernel, conv.kernel}, {conv.stride, conv.stride}, {pad, pad},  {1, 1}};
         const Pair slack = m ? Pair{round_up(height, m) - height, round_up(width, m) - width} : Pair{0, 0};
+        if (maps_.empty())
+            reads_x_ = conv.kernel == 1 && conv.stride == 1 && conv.groups == 1 && !block.pre_scale &&
+                       channels % kWord<T> == 0 && !(block.projection.weight && block.x == block.out);
         maps_.emplace_back(shape, slack);
         map_at_.push_back(workspace_floats_);
-        workspace_floats_ += maps_.back().floats();  // a multiple of a cache line, like all that follows
+        // A multiple of a cache line, like all that follows.
+        if (map_at_.size() > 1 || !reads_x_) workspace_floats_ += maps_.back().floats();
         scale_at_.push_back(workspace_floats_);
         workspace_floats_ += 2 * scale_floats(conv);
         if (m) {
@@ -65,7 +69,7 @@ int BlockRunner<T>::tiles_of(int i) const {
 
 template <class T>
 int BlockRunner<T>::words_of(int i) const {
-    return ceil_div(maps_[i].conv().in_channels, winograd_word<T>(block_.convs[i].winograd));
+    return ceil_div(maps_[i].conv().group_in(), winograd_word<T>(block_.convs[i].winograd));
 }
 
 template <class T>
@@ -83,7 +87,8 @@ double BlockRunner<T>::cost(int n) const {
         const ConvShape& conv = maps_[i].conv();
         const double in = active_in(i, n), out = active_out(i, n);
         if (is_winograd(i))
-            macs += winograd_points(block_.convs[i].winograd) * tiles_of(i) * (in * out + kTransform * (in + out));
+            macs += winograd_points(block_.convs[i].winograd) * tiles_of(i) *
+                    (in * out / conv.groups + kTransform * (in + out));
         else
             macs += conv.macs_per_channel_pair() * in * out / conv.groups;
     }
@@ -92,7 +97,7 @@ double BlockRunner<T>::cost(int n) const {
 
 template <class T>
 void BlockRunner<T>::zero_borders(float* workspace) const {
-    for (int i = 0; i < convs(); ++i) maps_[i].zero_border(map(workspace, i), maps_[i].conv().in_channels);
+    for (int i = reads_x(); i < convs(); ++i) maps_[i].zero_border(map(workspace, i), maps_[i].conv().in_channels);
 }
 
 template <class T>
@@ -190,7 +195,8 @@ void BlockRunner<T>::prepare_part(float* workspace, int n, int part, int parts, 
         zero_borders(workspace);
         load_scales(workspace, n);
     }
-    load_rows(maps_[0], map(workspace, 0), n, block_.height * part / parts, block_.height * (part + 1) / parts, true);
+    if (!reads_x())
+        load_rows(maps_[0], map(workspace, 0), n, block_.height * part / parts, block_.height * (part + 1) / parts, true);
     if (!plain_shortcut_) shortcut(n, out_height_ * part / parts, out_height_ * (part + 1) / parts, bench);
 }
 
@@ -199,6 +205,12 @@ template <class T>
 void BlockRunner<T>::conv(float* workspace, int i, int n, int unit0, int unit1, int row0, int row1) const {
     const BlockConv& conv = block_.convs[i];
     BasicConvPass<T> pass = maps_[i].pass(map(workspace, i), static_cast<const T*>(conv.weight), active_in(i, n), active_out(i, n));
+    if (i == 0 && reads_x()) {
+        pass.in = x(n);
+        pass.in_row = std::ptrdiff_t(block_.width) * block_.channels;
+        pass.in_pixel = block_.channels;
+        pass.in_block = kMapBlock<T>;
+    }
     pass.mul = workspace + scale_at_[i];
     pass.add = pass.mul + scale_floats(conv);
     if (i + 1 < convs()) {
@@ -223,34 +235,39 @@ void BlockRunner<T>::conv(float* workspace, int i, int n, int unit0, int unit1, 
 }
 
 template <class T>
-std::vector<WinogradTile<T>> BlockRunner<T>::tiles(int i, float* workspaces, const int* samples, int count) const {
+std::vector<WinogradTile<T>> BlockRunner<T>::tiles(int i, int group, float* workspaces, const int* samples,
+                                                   int count) const {
     const BlockConv& conv = block_.convs[i];
-    const int m = conv.winograd, height = maps_[i].conv().height, width = maps_[i].conv().width;
+    const ConvShape& shape = maps_[i].conv();
+    // Groups are whole blocks of the maps (winograd.h).
+    const int first_in = group * shape.group_in(), first_out = group * shape.group_out(), m = conv.winograd;
+    const std::ptrdiff_t in = first_in / kMapBlock<T> * maps_[i].block_pitch();
     std::vector<WinogradTile<T>> tiles;
     tiles.reserve(std::size_t(count) * tiles_of(i));
     for (int s = 0; s < count; ++s) {
         float* workspace = workspaces + s * workspace_floats_;
         const int n = samples[s];
+        if (first_in >= active_in(i, n) || first_out >= active_out(i, n)) continue;
         WinogradTile<T> tile{};
-        tile.in = map(workspace, i);
-        tile.mul = workspace + scale_at_[i];
+        tile.in = map(workspace, i) + in;
+        tile.mul = workspace + scale_at_[i] + first_out;
         tile.add = tile.mul + scale_floats(conv);
         if (i + 1 < convs()) {
-            tile.out = maps_[i + 1].image(map(workspace, i + 1));
+            tile.out = maps_[i + 1].image(map(workspace, i + 1)) + first_out / kMapBlock<T> * maps_[i + 1].block_pitch();
         } else {
-            tile.out = out(n);
-            tile.residual = plain_shortcut_ ? x(n) : tile.out;
+            tile.out = out(n) + first_out;
+            tile.residual = plain_shortcut_ ? x(n) + first_out : tile.out;
         }
-        tile.active_in = active_in(i, n);
-        tile.active_out = active_out(i, n);
-        for (tile.row = 0; tile.row < height; tile.row += m)
-            for (tile.col = 0; tile.col < width; tile.col += m) tiles.push_back(tile);
+        tile.active_in = conv.groups == 1 ? active_in(i, n) : shape.group_in();
+        tile.active_out = conv.groups == 1 ? active_out(i, n) : shape.group_out();
+        for (tile.row = 0; tile.row < shape.height; tile.row += m)
+            for (tile.col = 0; tile.col < shape.width; tile.col += m) tiles.push_back(tile);
     }
     return tiles;
 }
 
 template <class T>
-WinogradPass<T> BlockRunner<T>::winograd_pass(int i, float* v, int tiles) const {
+WinogradPass<T> BlockRunner<T>::winograd_pass(int i, int group, float* v, int tiles) const {
     const BlockConv& conv = block_.convs[i];
     const BasicBlockedMap<T>& map = maps_[i];
     const ConvShape& shape = map.conv();
@@ -261,9 +278,9 @@ WinogradPass<T> BlockRunner<T>::winograd_pass(int i, float* v, int tiles) const 
     pass.v = v;
     pass.v_block = std::ptrdiff_t(tiles) * kBlock;
     pass.v_point = winograd_pitch(std::ptrdiff_t(round_up(words_of(i), kBlock)) * tiles);
-    pass.weight = static_cast<const float*>(conv.weight);
     pass.weight_point = std::ptrdiff_t(words_of(i)) * kWinogradGroup;
     pass.weight_group = winograd_points(conv.winograd) * pass.weight_point;
+    pass.weight = static_cast<const float*>(conv.weight) + group * winograd_groups(shape.group_out()) * pass.weight_group;
     pass.height = shape.height;
     pass.width = shape.width;
     if (i + 1 < convs()) {
@@ -284,11 +301,11 @@ WinogradPass<T> BlockRunner<T>::winograd_pass(int i, float* v, int tiles) const 
 }
 
 template <class T>
-void BlockRunner<T>::winograd_chunk(int i, const WinogradTile<T>* tiles, int count, float* bench) const {
-    const WinogradPass<T> pass = winograd_pass(i, bench, count);
+void BlockRunner<T>::winograd_chunk(int i, int group, const WinogradTile<T>* tiles, int count, float* bench) const {
+    const WinogradPass<T> pass = winograd_pass(i, group, bench, count);
     float* products = bench + winograd_v_floats(pass.tile, words_of(i), count);
     kernels_.winograd->input(pass, tiles, 0, count);
-    kernels_.winograd->output(pass, tiles, 0, count, 0, winograd_groups(maps_[i].conv().out_channels), products);
+    kernels_.winograd->output(pass, tiles, 0, count, 0, winograd_groups(maps_[i].conv().group_out()), products);
 }
 
 template <class T>
@@ -296,7 +313,7 @@ void BlockRunner<T>::run_team(float* workspaces, const int* samples, int count, 
     for (int s = 0; s < count; ++s) {
         float* workspace = workspaces + s * workspace_floats_;
         load_scales(workspace, samples[s]);
-        load_rows(maps_[0], map(workspace, 0), samples[s], 0, block_.height, true);
+        if (!reads_x()) load_rows(maps_[0], map(workspace, 0), samples[s], 0, block_.height, true);
         if (!plain_shortcut_) shortcut(samples[s], 0, out_height_, bench);
     }
     for (int i = 0; i < convs(); ++i) {
@@ -307,11 +324,13 @@ void BlockRunner<T>::run_team(float* workspaces, const int* samples, int count, 
                      shape.out_height());
             continue;
         }
-        const std::vector<WinogradTile<T>> all = tiles(i, workspaces, samples, count);
-        const int total = int(all.size()), chunks = ceil_div(total, chunk_of(i));
-        for (int c = 0; c < chunks; ++c) {
-            const int first = total * c / chunks;
-            winograd_chunk(i, all.data() + first, total * (c + 1) / chunks - first, bench);
+        for (int group = 0; group < block_.convs[i].groups; ++group) {
+            const std::vector<WinogradTile<T>> all = tiles(i, group, workspaces, samples, count);
+            const int total = int(all.size()), chunks = ceil_div(total, chunk_of(i));
+            for (int c = 0; c < chunks; ++c) {
+                const int first = total * c / chunks;
+                winograd_chunk(i, group, all.data() + first, total * (c + 1) / chunks - first, bench);
+            }
         }
     }
 }
@@ -334,31 +353,38 @@ std::size_t BlockRunner<T>::shared_v_floats(int samples, int threads) const {
 template <class T>
 void BlockRunner<T>::shared_winograd(int i, float* workspaces, const std::vector<int>& samples, float* shared_v,
                                   float* bench, int threads) const {
-    const std::vector<WinogradTile<T>> all = tiles(i, workspaces, samples.data(), int(samples.size()));
+    for (int group = 0; group < block_.convs[i].groups; ++group)
+        shared_group(i, group, tiles(i, group, workspaces, samples.data(), int(samples.size())), shared_v, bench, threads);
+}
+
+template <class T>
+void BlockRunner<T>::shared_group(int i, int group, const std::vector<WinogradTile<T>>& all, float* shared_v,
+                                  float* bench, int threads) const {
     const int total = int(all.size());
+    if (total == 0) return;
     if (!split_groups(i, total, threads)) {
         const std::vector<int> cuts = even_cuts(all, round_up(ceil_div(total, chunk_of(i)), threads));
         // Static: a thread meets the rows that it wrote.
 #pragma omp for schedule(static)
         for (int c = 0; c < int(cuts.size()) - 1; ++c)
             for (int first = cuts[c]; first < cuts[c + 1]; first += chunk_of(i))
-                winograd_chunk(i, all.data() + first, std::min(chunk_of(i), cuts[c + 1] - first), bench);
+                winograd_chunk(i, group, all.data() + first, std::min(chunk_of(i), cuts[c + 1] - first), bench);
         return;
     }
-    const WinogradPass<T> pass = winograd_pass(i, shared_v, total);
+    const WinogradPass<T> pass = winograd_pass(i, group, shared_v, total);
     const int pieces = std::min(total, 4 * threads);
 #pragma omp for schedule(dynamic, 1)
     for (int p = 0; p < pieces; ++p)
         kernels_.winograd->input(pass, all.data(), total * p / pieces, total * (p + 1) / pieces);
     int widest = 0;
-    for (int n : samples) widest = std::max(widest, active_out(i, n));
+    for (const WinogradTile<T>& tile : all) widest = std::max(widest, tile.active_out);
     // Few groups of output channels: each is cut by tiles too.
     const int groups = winograd_groups(widest), chunk = chunk_of(i);
     const int parts = std::max(ceil_div(total, chunk), std::min(ceil_div(2 * threads, groups), ceil_div(total, 6)));
 #pragma omp for schedule(dynamic, 1)
     for (int item = 0; item < groups * parts; ++item) {
-        const int group = item / parts, part = item % parts;
-        kernels_.winograd->output(pass, all.data(), total * part / parts, total * (part + 1) / parts, group, group + 1,
+        const int first = item / parts, part = item % parts;
+        kernels_.winograd->output(pass, all.data(), total * part / parts, total * (part + 1) / parts, first, first + 1,
                                   bench);
     }
 }

@@ -61,6 +61,9 @@ private:
         return static_cast<T*>(block_.out) + std::ptrdiff_t(n) * out_height_ * out_width_ * out_channels_;
     }
     static std::size_t scale_floats(const BlockConv& conv) { return round_up(conv.out_channels, kBlock) + kBlock; }
+    // Whether the first convolution reads the input itself, not a padded copy: a 1x1 that nothing stands before, of an
+    // input that the shortcut does not overwrite.
+    bool reads_x() const { return reads_x_; }
     int active_in(int i, int n) const { return i == 0 ? block_.channels : hidden(n); }
     int active_out(int i, int n) const { return i + 1 == convs() ? out_channels_ : hidden(n); }
     int tiles_of(int i) const;         // of one sample
@@ -74,9 +77,12 @@ private:
     // Average pooling (partial windows divide by what is inside), then zero channels.
     void pool(int n, int row0, int row1) const;
     void project(int n, int row0, int row1, float* bench) const;
-    std::vector<WinogradTile<T>> tiles(int i, float* workspaces, const int* samples, int count) const;
-    WinogradPass<T> winograd_pass(int i, float* v, int tiles) const;
-    void winograd_chunk(int i, const WinogradTile<T>* tiles, int count, float* bench) const;
+    // The tiles of the samples that run group `group` of convolution i: a convolution of its own.
+    std::vector<WinogradTile<T>> tiles(int i, int group, float* workspaces, const int* samples, int count) const;
+    WinogradPass<T> winograd_pass(int i, int group, float* v, int tiles) const;
+    void winograd_chunk(int i, int group, const WinogradTile<T>* tiles, int count, float* bench) const;
+    void shared_group(int i, int group, const std::vector<WinogradTile<T>>& all, float* shared_v, float* bench,
+                      int threads) const;
 
     const ResidualBlock& block_;
     const BasicKernels<T>& kernels_;
@@ -86,7 +92,7 @@ private:
     std::size_t workspace_floats_ = 0, bench_floats_ = 0;
     std::vector<std::ptrdiff_t> out_columns_;
     int out_channels_, out_height_, out_width_, pool_ = 1, team_ = 1;
-    bool plain_shortcut_;
+    bool plain_shortcut_, reads_x_ = false;
 };
 
 }  // namespace den

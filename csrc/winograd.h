@@ -80,9 +80,14 @@ std::size_t winograd_v_floats(int tile, int words, int tiles);
 std::size_t winograd_product_floats(int tile, int tiles);
 
 // Weights [out/32][point][word of in][32]. A nested width is a prefix of both dimensions, so one packing serves every
-// level. Output channels are padded with zeros to 32, input channels to whole words. Counted in words.
+// level. Output channels are padded with zeros to 32, input channels to whole words. Counted in words. Convolution groups
+// follow each other, each packed as a convolution of its own; their channels must be whole blocks of the maps.
 template <class T>
 std::size_t winograd_packed_words(int tile, int out_channels, int in_channels);
+template <class T>
+inline bool winograd_takes(int groups, int group_out, int group_in) {
+    return groups == 1 || (group_out % kMapBlock<T> == 0 && group_in % kMapBlock<T> == 0);
+}
 template <class T>
 void winograd_pack(int tile, const T* weight_OIHW, int out_channels, int in_channels, int threads, float* packed);
 

@@ -281,16 +281,20 @@ class _Norm:
 # half of F(4x4)'s, and both are only worth telling apart where they outgrow the cache.
 FEW_TILES = 16
 LARGE_WEIGHTS = 256 * 128
+# Channels of a group must fill blocks of the extension's maps, of either dtype.
+_WHOLE_BLOCKS = 32
 
 
 def winograd_tile(weight: Tensor, stride: int, groups: int, few: bool) -> int:
     """Outputs a side of the Winograd tiles that a convolution is computed with; 0: directly.
 
-    weight: [C_out, C_in, K, K]. few: whether the batch has fewer than `FEW_TILES` tiles of 4x4 outputs. Decided by
-    dtype, shape and batch size alone, so that a sample's result does not depend on its batch mates.
+    weight: [C_out, C_in / groups, K, K]. few: whether the batch has fewer than `FEW_TILES` tiles of 4x4 outputs.
+    Decided by dtype, shape and batch size alone, so that a sample's result does not depend on its batch mates.
     """
     C_out, C_in, *kernel = weight.shape
-    if kernel != [3, 3] or stride != 1 or groups != 1 or min(C_out, C_in) < 8:
+    if kernel != [3, 3] or stride != 1 or min(C_out // groups, C_in) < 8:
+        return 0
+    if groups > 1 and (C_out // groups % _WHOLE_BLOCKS or C_in % _WHOLE_BLOCKS):
         return 0
     if weight.dtype == torch.bfloat16:
         return 2
@@ -316,9 +320,9 @@ def pack_weight(weight: Tensor, groups: int, winograd: int = 0) -> Tensor:
     threads = torch.get_num_threads()
     name = _DTYPES[weight.dtype]
     if winograd:
-        size = extension.winograd_packed_elements(name, winograd, C_out, group_in)
+        size = extension.winograd_packed_elements(name, winograd, C_out, group_in, groups)
         packed = torch.empty(size, dtype=weight.dtype if winograd == 2 else torch.float32)
-        extension.winograd_pack(name, winograd, weight.data_ptr(), packed.data_ptr(), C_out, group_in, threads)
+        extension.winograd_pack(name, winograd, weight.data_ptr(), packed.data_ptr(), C_out, group_in, groups, threads)
         return packed
     if weight.dtype == torch.bfloat16 and groups > 1 and group_in % 2:
         raise ValueError(
