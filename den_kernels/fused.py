@@ -68,15 +68,19 @@ class FusedResidualBlock(nn.Module):
         if projection is not None and chosen.NAME == "triton":
             raise ValueError("projection is given; the triton backend's blocks have parameter-free shortcuts only")
         self.backend: str = chosen.NAME
-        self._few_tiles: int = chosen.FEW_TILES
+        self._tile_bounds: tuple[int, ...] = chosen.TILE_BOUNDS
         self.kernel_sizes = [w.shape[2] for w in weights]
         self.strides, self.groups, self.relu = list(strides), groups, relu
         self.in_channels, self.out_channels = first.shape[1] * groups[0], weights[-1].shape[0]
+        self._weight_names: list[list[str]] = []  # of each convolution, for each class of batch
         self.register_buffer("widths", torch.tensor(list(widths), dtype=torch.int32, device=first.device))
         for i, weight in enumerate(weights):
-            many, few = chosen.pack_weights(weight.detach(), self.strides[i], groups[i], winograd)
-            self.register_buffer(f"weight{i}", many)
-            self.register_buffer(f"few_weight{i}", None if few is many else few)
+            forms = chosen.pack_weights(weight.detach(), self.strides[i], groups[i], winograd)
+            # One buffer a form; classes of batches that share it know it by the name of the first.
+            names = [f"weight{i}_{next(k for k, other in enumerate(forms) if other is form)}" for form in forms]
+            for name, form in zip(names, forms, strict=True):
+                self.register_buffer(name, form)
+            self._weight_names.append(names)
             self.register_buffer(f"scale{i}", scales[i].detach().float().contiguous())
             self.register_buffer(f"shift{i}", shifts[i].detach().float().contiguous())
         self.register_buffer("pre_scale", None if pre_scale is None else pre_scale.detach().float().contiguous())
@@ -87,7 +91,7 @@ class FusedResidualBlock(nn.Module):
             self.projection = chosen.pack_weights(weight, math.prod(strides), 1, False)[0]
             self.register_buffer("projection_scale", scale.float().contiguous())
             self.register_buffer("projection_shift", shift.float().contiguous())
-        self._arguments: dict[tuple[int, bool], BlockArguments] = {}
+        self._arguments: dict[tuple[int, int], BlockArguments] = {}
 
     def _apply(self, fn, recurse=True):
         self._arguments = {}
@@ -95,7 +99,7 @@ class FusedResidualBlock(nn.Module):
 
     def packed(self) -> dict[str, Tensor]:
         """The packed weights by name of their buffer."""
-        names = [f"{kind}weight{i}" for kind in ("", "few_") for i in range(len(self.kernel_sizes))]
+        names = dict.fromkeys(name for names in self._weight_names for name in names)
         return {name: t for name in (*names, "projection") if (t := getattr(self, name)) is not None}
 
     def move_packed(self, tensors: Mapping[str, Tensor]) -> None:
@@ -104,20 +108,18 @@ class FusedResidualBlock(nn.Module):
             setattr(self, name, tensor)
         self._arguments = {}
 
-    def is_small(self, shape: Sequence[int]) -> bool:
-        """Whether a batch [N, C, H, W] is of the small class, for which some weights have a form of their own."""
+    def batch_class(self, shape: Sequence[int]) -> int:
+        """Which form of the weights a batch [N, C, H, W] takes; see `den_kernels.backends`."""
         step = 4 * math.prod(self.strides)
-        return shape[0] * -(-shape[2] // step) * -(-shape[3] // step) < self._few_tiles
+        tiles = shape[0] * -(-shape[2] // step) * -(-shape[3] // step)
+        return sum(tiles < bound for bound in self._tile_bounds)
 
-    def arguments(self, set_index: int = 0, small: bool = False) -> BlockArguments:
+    def arguments(self, set_index: int = 0, batch_class: int = 0) -> BlockArguments:
         """The operator's arguments behind the plan, for one set; kept, because slicing costs more than the call."""
-        key = set_index, small
+        key = set_index, batch_class
         if key not in self._arguments:
             count = len(self.kernel_sizes)
-            weights: list[Tensor] = [getattr(self, f"weight{i}") for i in range(count)]
-            few = [getattr(self, f"few_weight{i}") for i in range(count)]
-            if small:
-                weights = [w if own is None else own for w, own in zip(weights, few, strict=True)]
+            weights: list[Tensor] = [getattr(self, names[batch_class]) for names in self._weight_names]
             widths = cast(Tensor, self.widths)
             projection: list[Tensor] = []
             if self.projection is not None:
@@ -152,7 +154,7 @@ class FusedResidualBlock(nn.Module):
         Returns [N, O, ceil(H / s), ceil(W / s)], s the product of the strides; with `inplace` it is x itself,
         overwritten.
         """
-        arguments = self.arguments(set_index, self.is_small(x.shape))
+        arguments = self.arguments(set_index, self.batch_class(x.shape))
         if not inplace:
             return torch.ops.den_kernels.residual_block(x, level, order, count, *arguments, self.backend)
         if self.out_channels != self.in_channels or math.prod(self.strides) != 1:
@@ -180,13 +182,13 @@ class FusedChain:
 
     def __call__(self, x: Tensor, plan: LevelPlan, set_index: int = 0) -> Tensor:
         """x [N, C, H, W] channels_last, never overwritten; plan: of these blocks. Returns the last block's output."""
-        shape, small = tuple(x.shape), []
+        shape, classes = tuple(x.shape), []
         for block in self.blocks:
-            small.append(block.is_small(shape))
+            classes.append(block.batch_class(shape))
             step = math.prod(block.strides)
             shape = shape[0], block.out_channels, -(-shape[2] // step), -(-shape[3] // step)
-        key = set_index, *small
-        arguments = [block.arguments(set_index, s) for block, s in zip(self.blocks, small, strict=True)]
+        key = set_index, *classes
+        arguments = [block.arguments(set_index, c) for block, c in zip(self.blocks, classes, strict=True)]
         known, flat = self._flat.get(key, (None, None))
         if flat is None or known is None or any(a is not b for a, b in zip(arguments, known, strict=True)):
             flat = flatten(arguments)

@@ -6,8 +6,8 @@ A backend is a module with
     unavailable() -> str | None         None when usable on this machine, else the reason and the fix
     rejects(device, dtype) -> str|None  None when it takes such tensors, else why not
     conv2d, conv2d_backward, residual_block, residual_chain     the work, on checked arguments
-    pack_weights                        weights as the blocks read them, for large batches and for small ones
-    FEW_TILES                           small: fewer tiles of 4 x 4 outputs than this
+    TILE_BOUNDS                         descending; the class of a batch: how many its 4 x 4 tiles of outputs are below
+    pack_weights                        weights as the blocks read them, a form for each class of batch
     gather                              packed weights moved to where a chain reads them best
 
 Nothing heavy is imported until a backend is asked for.

@@ -277,35 +277,37 @@ class _Norm:
         self.arguments = ([_address(t) for t in self.tensors], sizes, eps, relu, torch.get_num_threads())
 
 
-# Fewer tiles than these leave the transformed weights, read once a call, as the larger traffic: F(2x2)'s are less than
-# half of F(4x4)'s, and both are only worth telling apart where they outgrow the cache.
-FEW_TILES = 16
-LARGE_WEIGHTS = 256 * 128
+# Batches are of a class by their tiles of 4x4 outputs: fewer than 16, fewer than 3. Fewer tiles leave the weights, read
+# once a call, as the larger traffic, where they outgrow the cache: F(2x2) then reads less than half of F(4x4), and the
+# weights as they are about half of that.
+TILE_BOUNDS = (16, 3)
+_LARGE_WEIGHTS = 256 * 128, 512 * 256
 # Channels of a group must fill blocks of the extension's maps, of either dtype.
 _WHOLE_BLOCKS = 32
 
 
-def winograd_tile(weight: Tensor, stride: int, groups: int, few: bool) -> int:
+def winograd_tile(weight: Tensor, stride: int, groups: int, batch_class: int) -> int:
     """Outputs a side of the Winograd tiles that a convolution is computed with; 0: directly.
 
-    weight: [C_out, C_in / groups, K, K]. few: whether the batch has fewer than `FEW_TILES` tiles of 4x4 outputs.
-    Decided by dtype, shape and batch size alone, so that a sample's result does not depend on its batch mates.
+    weight: [C_out, C_in / groups, K, K]. batch_class: how many of `TILE_BOUNDS` the batch's tiles are below. Decided by
+    dtype, shape and batch size alone, so that a sample's result does not depend on its batch mates.
     """
     C_out, C_in, *kernel = weight.shape
     if kernel != [3, 3] or stride != 1 or min(C_out // groups, C_in) < 8:
         return 0
     if groups > 1 and (C_out // groups % _WHOLE_BLOCKS or C_in % _WHOLE_BLOCKS):
         return 0
-    if weight.dtype == torch.bfloat16:
-        return 2
-    return 2 if few and C_out * C_in >= LARGE_WEIGHTS else 4
+    tile = 2 if weight.dtype == torch.bfloat16 else 4
+    for smaller, large in zip((2, 0)[:batch_class], _LARGE_WEIGHTS, strict=False):
+        tile = min(tile, smaller) if C_out * C_in >= large else tile
+    return tile
 
 
-def pack_weights(weight: Tensor, stride: int, groups: int, winograd: bool) -> tuple[Tensor, Tensor]:
-    """Weights as `residual_block` reads them, for batches of many and of few tiles; may be one tensor."""
-    tiles = [winograd_tile(weight, stride, groups, few) if winograd else 0 for few in (False, True)]
+def pack_weights(weight: Tensor, stride: int, groups: int, winograd: bool) -> list[Tensor]:
+    """Weights as `residual_block` reads them, for each class of batch; classes may share a tensor."""
+    tiles = [winograd_tile(weight, stride, groups, c) if winograd else 0 for c in range(len(TILE_BOUNDS) + 1)]
     packed = {tile: pack_weight(weight, groups, tile) for tile in set(tiles)}
-    return packed[tiles[0]], packed[tiles[1]]
+    return [packed[tile] for tile in tiles]
 
 
 def pack_weight(weight: Tensor, groups: int, winograd: int = 0) -> Tensor:

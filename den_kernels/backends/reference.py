@@ -9,7 +9,7 @@ from den_kernels import reference
 from den_kernels.block import one_by_one, unmoved
 
 NAME = "reference"
-FEW_TILES = 0
+TILE_BOUNDS = ()
 
 
 def unavailable() -> str | None:
@@ -41,9 +41,9 @@ def conv2d_backward(
     return dx, dw, db
 
 
-def pack_weights(weight: Tensor, stride: int, groups: int, winograd: bool) -> tuple[Tensor, Tensor]:
+def pack_weights(weight: Tensor, stride: int, groups: int, winograd: bool) -> list[Tensor]:
     """The weights as they are, [O, I, kh, kw], for every batch."""
-    return weight.contiguous(), weight.contiguous()
+    return [weight.contiguous()]
 
 
 def residual_block(

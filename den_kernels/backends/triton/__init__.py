@@ -16,7 +16,7 @@ import torch
 from den_kernels.block import one_by_one, unmoved
 
 NAME = "triton"
-FEW_TILES = 0
+TILE_BOUNDS = ()
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _OLDEST_TRITON = (3, 3)
 _OLDEST_CAPABILITY = (8, 0)
@@ -83,10 +83,9 @@ def pack_weight(weight_OIHW: torch.Tensor, groups: int) -> torch.Tensor:
     return weight_OIHW.permute(0, 2, 3, 1).contiguous()
 
 
-def pack_weights(weight: torch.Tensor, stride: int, groups: int, winograd: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def pack_weights(weight: torch.Tensor, stride: int, groups: int, winograd: bool) -> list[torch.Tensor]:
     """`pack_weight`, for every batch."""
-    packed = pack_weight(weight, groups)
-    return packed, packed
+    return [pack_weight(weight, groups)]
 
 
 def conv2d(
