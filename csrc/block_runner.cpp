@@ -11,6 +11,9 @@ constexpr int kBenchFloats = 96 * 1024;
 constexpr int kFewestTiles = 16;
 constexpr int kFewestShare = 8;  // of a thread, when a sample is shared
 
+// Whether threads share V and take output channels each, because tiles of their own would be too few.
+bool share_v(int tiles, int threads) { return tiles < kFewestShare * threads; }
+
 // Where to cut a list of tiles for pieces of about equal cost: pieces + 1 places.
 template <class T>
 std::vector<int> even_cuts(const std::vector<WinogradTile<T>>& tiles, int pieces) {
@@ -336,15 +339,10 @@ void BlockRunner<T>::run_team(float* workspaces, const int* samples, int count, 
 }
 
 template <class T>
-bool BlockRunner<T>::split_groups(int i, int tiles, int threads) const {
-    return tiles < kFewestShare * threads;
-}
-
-template <class T>
 std::size_t BlockRunner<T>::shared_v_floats(int samples, int threads) const {
     std::size_t most = 0;
     for (int i = 0; i < convs(); ++i)
-        if (is_winograd(i) && split_groups(i, samples * tiles_of(i), threads))
+        if (is_winograd(i) && share_v(samples * tiles_of(i), threads))
             most = std::max(most, winograd_v_floats(block_.convs[i].winograd, words_of(i),
                                                     samples * tiles_of(i)));
     return most;
@@ -353,8 +351,10 @@ std::size_t BlockRunner<T>::shared_v_floats(int samples, int threads) const {
 template <class T>
 void BlockRunner<T>::shared_winograd(int i, float* workspaces, const std::vector<int>& samples, float* shared_v,
                                   float* bench, int threads) const {
+    // Decided for all samples: fewer may run the later groups.
+    float* v = share_v(int(samples.size()) * tiles_of(i), threads) ? shared_v : nullptr;
     for (int group = 0; group < block_.convs[i].groups; ++group)
-        shared_group(i, group, tiles(i, group, workspaces, samples.data(), int(samples.size())), shared_v, bench, threads);
+        shared_group(i, group, tiles(i, group, workspaces, samples.data(), int(samples.size())), v, bench, threads);
 }
 
 template <class T>
@@ -362,7 +362,7 @@ void BlockRunner<T>::shared_group(int i, int group, const std::vector<WinogradTi
                                   float* bench, int threads) const {
     const int total = int(all.size());
     if (total == 0) return;
-    if (!split_groups(i, total, threads)) {
+    if (!shared_v) {
         const std::vector<int> cuts = even_cuts(all, round_up(ceil_div(total, chunk_of(i)), threads));
         // Static: a thread meets the rows that it wrote.
 #pragma omp for schedule(static)

@@ -69,7 +69,6 @@ private:
     int tiles_of(int i) const;         // of one sample
     int words_of(int i) const;         // of the input channels, in V and U
     int chunk_of(int i) const;         // tiles whose V fits a bench
-    bool split_groups(int i, int tiles, int threads) const;  // whether threads share V and take output channels each
 
     void load_scales(float* workspace, int n) const;
     // Rows of sample n into a map, through the norm in front if `norm`.
@@ -81,6 +80,7 @@ private:
     std::vector<WinogradTile<T>> tiles(int i, int group, float* workspaces, const int* samples, int count) const;
     WinogradPass<T> winograd_pass(int i, int group, float* v, int tiles) const;
     void winograd_chunk(int i, int group, const WinogradTile<T>* tiles, int count, float* bench) const;
+    // shared_v: null where each thread has tiles of its own.
     void shared_group(int i, int group, const std::vector<WinogradTile<T>>& all, float* shared_v, float* bench,
                       int threads) const;
 
