@@ -162,6 +162,7 @@ public:
             pass.tap = at.offsets.data();
             pass.taps = int(at.taps.size());
             pass.row_taps = at.row_taps.data();
+            pass.tap_edges = nullptr;
             pass.mul = ones_.data();
             pass.add = zeros_.data();
             pass.out = dx + std::ptrdiff_t(at.y.first) * s.width * s.in_channels;

@@ -128,6 +128,11 @@ void first_of_pairs(const T* weight, std::ptrdiff_t weight_block, T* half) {
         }
 }
 
+template <int N>
+struct Int {
+    static constexpr int value = N;
+};
+
 template <class T, class V, int NV, int R, int Q>
 void tile(const den::BasicConvPass<T>& pass, const TileAt<T>& at) {
     using P = Product<V, T>;
@@ -143,6 +148,32 @@ void tile(const den::BasicConvPass<T>& pass, const TileAt<T>& at) {
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) acc[p][v] = V::zero();
 
+    // The pixels [Q0, Q1) of each row with `count` words of x, and the weights at w.
+    const auto multiply = [&](auto from, auto to, const T* x, const T* w, int count, std::ptrdiff_t next_vectors)
+                              __attribute__((always_inline)) {
+        constexpr int q0 = decltype(from)::value, q1 = decltype(to)::value;
+        for (int c = 0; c < count; ++c, x += word, w += block) {
+#pragma GCC unroll 2
+            for (int step = 0; step < P::steps; ++step) {
+                // Words are loaded anew in each step: kept from the first, they would take all registers.
+                if constexpr (P::steps > 1) __asm__("" : "+r"(x), "+r"(w));
+                typename P::Reg k[NV];
+#pragma GCC unroll 4
+                for (int v = 0; v < NV; ++v)
+                    k[v] = P::weights(w + (v / per_block) * next_vectors + (v % per_block) * V::lanes * word, step);
+#pragma GCC unroll 4
+                for (int r = 0; r < R; ++r)
+#pragma GCC unroll 32
+                    for (int q = q0; q < q1; ++q) {
+                        const typename P::Reg b = P::broadcast(x + r * in_row + q * in_pixel, step);
+#pragma GCC unroll 4
+                        for (int v = 0; v < NV; ++v) acc[r * Q + q][v] = P::fma(b, k[v], acc[r * Q + q][v]);
+                    }
+            }
+        }
+    };
+
+    const bool first_column = at.col == 0 && pass.tap_edges, last_column = at.col + Q == pass.width && pass.tap_edges;
     const T* weight = at.weight;
     for (int done = 0; done < pass.active_in;) {
         // A run of input channels inside one block; a group may begin in the middle of a block.
@@ -166,25 +197,14 @@ void tile(const den::BasicConvPass<T>& pass, const TileAt<T>& at) {
                     first_of_pairs<V, NV>(w, weight_block, half);
                     w = half, next_vectors = block, count = 1;
                 }
-                for (int c = 0; c < count; ++c, x += word, w += block) {
-#pragma GCC unroll 2
-                    for (int step = 0; step < P::steps; ++step) {
-                        // Words are loaded anew in each step: kept from the first, they would take all registers.
-                        if constexpr (P::steps > 1) __asm__("" : "+r"(x), "+r"(w));
-                        typename P::Reg k[NV];
-#pragma GCC unroll 4
-                        for (int v = 0; v < NV; ++v)
-                            k[v] = P::weights(w + (v / per_block) * next_vectors + (v % per_block) * V::lanes * word, step);
-#pragma GCC unroll 4
-                        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 32
-                            for (int q = 0; q < Q; ++q) {
-                                const typename P::Reg b = P::broadcast(x + r * in_row + q * in_pixel, step);
-#pragma GCC unroll 4
-                                for (int v = 0; v < NV; ++v) acc[r * Q + q][v] = P::fma(b, k[v], acc[r * Q + q][v]);
-                            }
-                    }
-                }
+                // A pixel whose tap lies in the padding is left out.
+                if (Q > 1 && first_column && pass.tap_edges[t] < 0)
+                    multiply(Int<Q == 1 ? 0 : 1>{}, Int<Q>{}, x, w, count, next_vectors);
+                else if (Q > 1 && last_column && pass.tap_edges[t] > 0)
+                    multiply(Int<0>{}, Int<Q == 1 ? 1 : Q - 1>{}, x, w, count, next_vectors);
+                else
+                    multiply(Int<0>{}, Int<Q>{}, x, w, count, next_vectors);
+                x += count * word, w += count * block;
             }
         }
         weight += pass.taps * tap_weights;

@@ -21,6 +21,8 @@ BasicBlockedMap<T>::BasicBlockedMap(const ConvShape& conv, Pair slack) : conv_(c
         for (int kx = 0; kx < conv.kernel.x; ++kx) {
             const int x = kx * conv.dilation.x;
             phase_read[x % phases] = 1;
+            const int last = (conv.out_width() - 1) * conv.stride.x + x - conv.padding.x;  // column of the image
+            tap_edges_.push_back(x < conv.padding.x ? -1 : last >= conv.width ? 1 : 0);
             taps_.push_back(ky * conv.dilation.y * row_pitch_ + (x % phases) * phase_pitch + (x / phases) * block);
         }
     }
@@ -65,6 +67,7 @@ BasicConvPass<T> BasicBlockedMap<T>::pass(const T* map, const T* weight, int act
     pass.tap = taps_.data();
     pass.taps = conv_.taps();
     pass.row_taps = row_taps_.data();
+    pass.tap_edges = tap_edges_.data();
     pass.weight = weight;
     pass.group_in = conv_.group_in();
     pass.group_out = conv_.group_out();

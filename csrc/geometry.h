@@ -95,6 +95,7 @@ private:
     std::vector<std::ptrdiff_t> columns_, read_columns_, taps_;
     std::vector<char> read_rows_;
     std::vector<TapRange> row_taps_;
+    std::vector<signed char> tap_edges_;
 };
 
 using BlockedMap = BasicBlockedMap<float>;

@@ -38,6 +38,8 @@ struct BasicConvPass {
     int taps;
     // Of each output row, the taps that are not all zeros (above or below the image); null: all taps of all rows.
     const TapRange* row_taps;
+    // Of each tap: -1 or 1 where it reads padding from the first or the last output column, else 0; null: not known.
+    const signed char* tap_edges;
     // Weights as packed by pack.h.
     const T* weight;
     int group_in, group_out;    // channels of one group, as packed
