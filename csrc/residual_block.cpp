@@ -42,7 +42,7 @@ void residual_block(const ResidualBlock& block) {
     const int whole = count_whole(cost, threads);
     const std::vector<int> shared(active.begin() + std::min<std::size_t>(active.size(), std::size_t(whole) * team), active.end());
     const int shares = int(shared.size());
-    const int parts = shares ? ceil_div(2 * threads, shares) : 1;  // of each shared sample
+    const int parts = threads;  // of each shared sample
 
     const std::size_t floats = run.workspace_floats(), own = (whole ? team * floats : 0) + run.bench_floats();
     float* memory = scratch(Scratch::kWork, threads * own + shares * floats + run.shared_v_floats(shares, threads));
@@ -68,9 +68,10 @@ void residual_block(const ResidualBlock& block) {
 #pragma omp for schedule(dynamic, 1) nowait
         for (int i = 0; i < idles; ++i) run.shortcut(idle[i], 0, run.out_height(), bench);
         if (shares) {
+            // Part by part, and static: every thread has the same rows of all samples, from one convolution to the next.
 #pragma omp for schedule(static)
             for (int i = 0; i < shares * parts; ++i)
-                run.prepare_part(shared_memory + i / parts * floats, shared[i / parts], i % parts, parts, bench);
+                run.prepare_part(shared_memory + i % shares * floats, shared[i % shares], i / shares, parts, bench);
             for (int c = 0; c < run.convs(); ++c) {
                 if (run.is_winograd(c)) {
                     run.shared_winograd(c, shared_memory, shared, shared_v, bench, threads);
@@ -78,9 +79,9 @@ void residual_block(const ResidualBlock& block) {
                 }
 #pragma omp for schedule(static)
                 for (int i = 0; i < shares * parts; ++i) {
-                    const int s = i / parts;
+                    const int s = i % shares;
                     const Cut& cut = cuts[c * shares + s];
-                    for (int p = i % parts; p < cut.parts(); p += parts)
+                    for (int p = i / shares; p < cut.parts(); p += parts)
                         run.conv(shared_memory + s * floats, c, shared[s], cut.unit0(p), cut.unit1(p), cut.row0(p),
                                  cut.row1(p));
                 }
