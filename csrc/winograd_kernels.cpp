@@ -4,6 +4,7 @@
 #include "kernels.h"
 #include "vec.h"
 #include "winograd.h"
+#include "winograd_transforms.h"
 
 namespace {
 
@@ -38,81 +39,11 @@ struct Points<2> {
     using Type = Element;
 };
 
-// One dimension of the transforms; `s` is the distance between neighbours.
-
-inline Reg scaled(float factor, Reg a, Reg b) { return Vec::fma(Vec::broadcast(&factor), a, b); }
-
-template <int M>
-struct Transform;
-
-template <>
-struct Transform<2> {
-    static constexpr int side = 4;
-    // B^T d
-    static inline void input(const Reg* d, int s, Reg* v, int sv) {
-        const Reg d0 = d[0], d1 = d[s], d2 = d[2 * s], d3 = d[3 * s];
-        v[0] = Vec::sub(d0, d2);
-        v[sv] = Vec::add(d1, d2);
-        v[2 * sv] = Vec::sub(d2, d1);
-        v[3 * sv] = Vec::sub(d3, d1);
-    }
-    // A^T m
-    static inline void output(const Reg* m, int s, Reg* y, int sy) {
-        const Reg sum = Vec::add(m[s], m[2 * s]), difference = Vec::sub(m[s], m[2 * s]);
-        y[0] = Vec::add(m[0], sum);
-        y[sy] = Vec::add(difference, m[3 * s]);
-    }
-    // G g
-    static inline void weight(const Reg* g, int s, Reg* u, int su) {
-        const Reg even = scaled(0.5f, Vec::add(g[0], g[2 * s]), Vec::zero()), odd = scaled(0.5f, g[s], Vec::zero());
-        u[0] = g[0];
-        u[su] = Vec::add(even, odd);
-        u[2 * su] = Vec::sub(even, odd);
-        u[3 * su] = g[2 * s];
-    }
-};
-
-template <>
-struct Transform<4> {
-    static constexpr int side = 6;
-    static inline void input(const Reg* d, int s, Reg* v, int sv) {
-        const Reg d0 = d[0], d1 = d[s], d2 = d[2 * s], d3 = d[3 * s], d4 = d[4 * s], d5 = d[5 * s];
-        const Reg even = scaled(-4.0f, d2, d4), odd = scaled(-4.0f, d1, d3);
-        const Reg even2 = Vec::sub(d4, d2), odd2 = Vec::sub(d3, d1);
-        v[0] = scaled(4.0f, d0, scaled(-5.0f, d2, d4));
-        v[sv] = Vec::add(even, odd);
-        v[2 * sv] = Vec::sub(even, odd);
-        v[3 * sv] = scaled(2.0f, odd2, even2);
-        v[4 * sv] = scaled(-2.0f, odd2, even2);
-        v[5 * sv] = scaled(4.0f, d1, scaled(-5.0f, d3, d5));
-    }
-    static inline void output(const Reg* m, int s, Reg* y, int sy) {
-        const Reg s1 = Vec::add(m[s], m[2 * s]), d1 = Vec::sub(m[s], m[2 * s]);
-        const Reg s2 = Vec::add(m[3 * s], m[4 * s]), d2 = Vec::sub(m[3 * s], m[4 * s]);
-        y[0] = Vec::add(m[0], Vec::add(s1, s2));
-        y[sy] = scaled(2.0f, d2, d1);
-        y[2 * sy] = scaled(4.0f, s2, s1);
-        y[3 * sy] = Vec::add(scaled(8.0f, d2, d1), m[5 * s]);
-    }
-    static inline void weight(const Reg* g, int s, Reg* u, int su) {
-        const Reg even = scaled(-1.0f / 6, Vec::add(g[0], g[2 * s]), Vec::zero());
-        const Reg odd = scaled(-1.0f / 6, g[s], Vec::zero());
-        const Reg even2 = scaled(1.0f / 24, g[0], scaled(1.0f / 6, g[2 * s], Vec::zero()));
-        const Reg odd2 = scaled(1.0f / 12, g[s], Vec::zero());
-        u[0] = scaled(0.25f, g[0], Vec::zero());
-        u[su] = Vec::add(even, odd);
-        u[2 * su] = Vec::sub(even, odd);
-        u[3 * su] = Vec::add(even2, odd2);
-        u[4 * su] = Vec::sub(even2, odd2);
-        u[5 * su] = g[2 * s];
-    }
-};
-
 // V of one tile, a vector of channels at a time.
 template <int M>
 void input_tile(const Pass& pass, const Tile& tile, float* words) {
     using P = typename Points<M>::Type;
-    constexpr int side = Transform<M>::side, word = den::kWord<P>, block = kBlock * word;
+    constexpr int side = Transform<Vec, M>::side, word = den::kWord<P>, block = kBlock * word;
     P* v = reinterpret_cast<P*>(words);
     const Element* in = tile.in + tile.row * pass.in_row + tile.col * kMapBlock;
     for (int c = 0; c < tile.active_in; c += kLanes) {
@@ -124,12 +55,12 @@ void input_tile(const Pass& pass, const Tile& tile, float* words) {
             Reg column[side];
 #pragma GCC unroll 6
             for (int y = 0; y < side; ++y) column[y] = Vec::load(d + y * pass.in_row + x * kMapBlock);
-            Transform<M>::input(column, 1, rows + x, side);
+            Transform<Vec, M>::input(column, 1, rows + x, side);
         }
 #pragma GCC unroll 6
         for (int y = 0; y < side; ++y) {
             Reg points[side];
-            Transform<M>::input(rows + y * side, 1, points, 1);
+            Transform<Vec, M>::input(rows + y * side, 1, points, 1);
 #pragma GCC unroll 6
             for (int x = 0; x < side; ++x) Vec::store(to + (y * side + x) * pass.v_point * word, points[x]);
         }
@@ -271,7 +202,7 @@ void multiply(const Pass& pass, int first, int count, int channels, int vectors,
 template <int M>
 void output_tile(const Pass& pass, const Tile& tile, int group, const float* products,
                  std::ptrdiff_t product_point) {
-    constexpr int side = Transform<M>::side;
+    constexpr int side = Transform<Vec, M>::side;
     const int first = group * kGroup;
     const int count = tile.active_out - first < kGroup ? tile.active_out - first : kGroup;
     const int rows = pass.height - tile.row < M ? pass.height - tile.row : M;
@@ -286,7 +217,7 @@ void output_tile(const Pass& pass, const Tile& tile, int group, const float* pro
             Reg column[side];
 #pragma GCC unroll 6
             for (int y = 0; y < side; ++y) column[y] = Vec::load(m + (y * side + x) * product_point);
-            Transform<M>::output(column, 1, half + x, side);
+            Transform<Vec, M>::output(column, 1, half + x, side);
         }
         const int channel = first + c;
         const Reg mul = Vec::load(tile.mul + channel), add = Vec::load(tile.add + channel);
@@ -298,7 +229,7 @@ void output_tile(const Pass& pass, const Tile& tile, int group, const float* pro
 #pragma GCC unroll 4
         for (int y = 0; y < M; ++y) {
             Reg line[M];
-            Transform<M>::output(half + y * side, 1, line, 1);
+            Transform<Vec, M>::output(half + y * side, 1, line, 1);
             if (y >= rows) continue;
             const std::ptrdiff_t row = block + (tile.row + y) * pass.out_row;
 #pragma GCC unroll 4
@@ -373,7 +304,7 @@ inline void store_word(bf16* row, int place, Reg values) {
 template <int M>
 void weight_group(const Element* weight, int outs, int in_channels, float* packed) {
     using P = typename Points<M>::Type;
-    constexpr int side = Transform<M>::side, word = den::kWord<P>;
+    constexpr int side = Transform<Vec, M>::side, word = den::kWord<P>;
     const std::ptrdiff_t point = (std::ptrdiff_t)((in_channels + word - 1) / word) * kGroup * word;
     P* to = reinterpret_cast<P*>(packed);
     alignas(64) float taps[9][kGroup] = {};
@@ -387,13 +318,13 @@ void weight_group(const Element* weight, int outs, int in_channels, float* packe
 #pragma GCC unroll 3
             for (int x = 0; x < 3; ++x) {
                 const Reg column[3] = {Vec::load(taps[x] + c), Vec::load(taps[3 + x] + c), Vec::load(taps[6 + x] + c)};
-                Transform<M>::weight(column, 1, rows + x, 3);
+                Transform<Vec, M>::weight(column, 1, rows + x, 3);
             }
             P* row = to + ((std::ptrdiff_t)(in / word) * kGroup + c) * word;
 #pragma GCC unroll 6
             for (int y = 0; y < side; ++y) {
                 Reg points[side];
-                Transform<M>::weight(rows + y * 3, 1, points, 1);
+                Transform<Vec, M>::weight(rows + y * 3, 1, points, 1);
 #pragma GCC unroll 6
                 for (int x = 0; x < side; ++x) store_word(row + (y * side + x) * point, in % word, points[x]);
             }
