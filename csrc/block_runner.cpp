@@ -6,7 +6,7 @@ namespace den {
 
 namespace {
 
-// V of a chunk of tiles stays in half of an L2 cache; fewer tiles than these would make the weights the larger traffic.
+// V of a chunk of tiles fills a third of an L2 cache; with fewer tiles the weights would be the larger traffic.
 constexpr int kBenchFloats = 96 * 1024;
 constexpr int kFewestTiles = 16;
 constexpr int kFewestShare = 8;  // of a thread, when a sample is shared

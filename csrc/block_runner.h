@@ -45,7 +45,7 @@ public:
     Cut cut(int i, int n, int parts) const { return Cut(maps_[i].conv(), active_out(i, n), parts); }
     void conv(float* workspace, int i, int n, int unit0, int unit1, int row0, int row1) const;
     // Winograd convolution i of shared samples in workspaces that follow each other, called by every thread of a team.
-    // `shared_v` holds shared_v_floats(samples) that all threads write.
+    // `shared_v` holds shared_v_floats(samples, threads) that all threads write.
     std::size_t shared_v_floats(int samples, int threads) const;
     void shared_winograd(int i, float* workspaces, const std::vector<int>& samples, float* shared_v, float* bench,
                          int threads) const;
