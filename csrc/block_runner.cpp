@@ -116,19 +116,8 @@ void BlockRunner<T>::load_scales(float* workspace, int n) const {
 
 template <class T>
 void BlockRunner<T>::load_rows(const BasicBlockedMap<T>& map, T* to, int n, int row0, int row1, bool norm) const {
-    const std::ptrdiff_t in_row = std::ptrdiff_t(block_.width) * block_.channels;
-    BasicMapLoad<T> load{};
-    load.in = x(n);
-    load.in_row = in_row;
-    load.in_pixel = block_.channels;
-    load.width = block_.width;
-    load.channels = block_.channels;
+    BasicMapLoad<T> load = map.load(to, x(n), block_.channels, block_.channels);
     if (norm) load.mul = block_.pre_scale, load.add = block_.pre_shift;
-    load.out = map.image(to);
-    load.out_row = map.row_pitch();
-    load.out_block = map.block_pitch();
-    load.out_col = map.read_columns();
-    load.row_read = map.read_rows();
     kernels_.load(load, row0, row1);
 }
 

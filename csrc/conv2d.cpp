@@ -97,18 +97,8 @@ private:
         const ConvShape& s = args_.shape;
         if (reads_image(n)) return;
         const int first = origin * s.stride.y;
-        BasicMapLoad<T> load{};
-        load.in_row = std::ptrdiff_t(s.width) * s.in_channels;
-        load.in = args_.x + (std::ptrdiff_t(n) * s.height + first) * load.in_row;
-        load.in_pixel = s.in_channels;
-        load.width = s.width;
-        load.channels = in_width(n);
-        load.out = to.image(map);
-        load.out_row = to.row_pitch();
-        load.out_block = to.block_pitch();
-        load.out_col = to.read_columns();
-        load.row_read = to.read_rows();
-        kernels_.load(load, row0 - first, row1 - first);
+        const T* image = args_.x + (std::ptrdiff_t(n) * s.height + first) * s.width * s.in_channels;
+        kernels_.load(to.load(map, image, s.in_channels, in_width(n)), row0 - first, row1 - first);
     }
 
     // Output rows [row0, row1) from such a map.

@@ -144,18 +144,8 @@ public:
         const int row0 = s.height * part / parts, row1 = s.height * (part + 1) / parts;
         fill(dx, row0, row1, untouched_ || read == 0 ? 0 : written);
         if (read == 0 || written == 0) return;
-        MapLoad load{};
-        load.in_row = std::ptrdiff_t(g.width) * s.out_channels;
-        load.in = args_.grad + n * load.in_row * g.height;
-        load.in_pixel = s.out_channels;
-        load.width = g.width;
-        load.channels = read;
-        load.out = map_.image(map);
-        load.out_row = map_.row_pitch();
-        load.out_block = map_.block_pitch();
-        load.out_col = map_.read_columns();
-        load.row_read = map_.read_rows();
-        kernels_.load(load, 0, g.height);
+        const float* grad = args_.grad + std::ptrdiff_t(n) * g.height * g.width * s.out_channels;
+        kernels_.load(map_.load(map, grad, s.out_channels, read), 0, g.height);
         for (const Pass& at : passes_) {
             ConvPass pass = map_.pass(map, packed_ + at.weight, read, written);
             pass.in = map_.image(map) + map_.columns()[0] + at.y.start * map_.row_pitch() + at.x.start * kBlock;

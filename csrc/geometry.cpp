@@ -58,6 +58,22 @@ void BasicBlockedMap<T>::zero_border(T* map, int channels) const {
 }
 
 template <class T>
+BasicMapLoad<T> BasicBlockedMap<T>::load(T* map, const T* image, int pixel, int channels) const {
+    BasicMapLoad<T> load{};
+    load.in = image;
+    load.in_row = std::ptrdiff_t(conv_.width) * pixel;
+    load.in_pixel = pixel;
+    load.width = conv_.width;
+    load.channels = channels;
+    load.out = this->image(map);
+    load.out_row = row_pitch_;
+    load.out_block = block_pitch_;
+    load.out_col = read_columns();
+    load.row_read = read_rows();
+    return load;
+}
+
+template <class T>
 BasicConvPass<T> BasicBlockedMap<T>::pass(const T* map, const T* weight, int active_in, int active_out) const {
     BasicConvPass<T> pass{};
     pass.in = map;

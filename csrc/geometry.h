@@ -82,6 +82,9 @@ public:
     // Writes the zeros around the image of the first `channels` channels. Nothing else ever writes them.
     void zero_border(T* map, int channels) const;
 
+    // The load of the first `channels` channels of an NHWC image of `pixel` channels into a map, without a norm.
+    BasicMapLoad<T> load(T* map, const T* image, int pixel, int channels) const;
+
     // The pass of this convolution over a filled map, its output and epilogue still to be set. active_in and
     // active_out count channels of all groups together; with groups they are whole groups.
     BasicConvPass<T> pass(const T* map, const T* weight, int active_in, int active_out) const;

@@ -29,17 +29,7 @@ namespace {
 void load_map(const BlockedMap& map, float* to, const float* from, int n, int channels, int pixel, int whole, int row0,
               int row1) {
     const ConvShape& s = map.conv();
-    MapLoad load{};
-    load.in_row = std::ptrdiff_t(s.width) * pixel;
-    load.in = from + n * load.in_row * s.height;
-    load.in_pixel = pixel;
-    load.width = s.width;
-    load.channels = channels;
-    load.out = map.image(to);
-    load.out_row = map.row_pitch();
-    load.out_block = map.block_pitch();
-    load.out_col = map.read_columns();
-    load.row_read = map.read_rows();
+    const MapLoad load = map.load(to, from + std::ptrdiff_t(n) * s.height * s.width * pixel, pixel, channels);
     kernels().load(load, row0, row1);
     const int end = std::min(round_up(channels, whole), round_up(s.in_channels, kBlock));
     for (int c = channels; c < end; c = round_up(c + 1, kBlock))

@@ -78,18 +78,8 @@ private:
 
     void load(int n, T* to) const {
         const ConvShape& s = args_.shape;
-        BasicMapLoad<T> load{};
-        load.in_row = std::ptrdiff_t(s.width) * s.in_channels;
-        load.in = args_.x + n * load.in_row * s.height;
-        load.in_pixel = s.in_channels;
-        load.width = s.width;
-        load.channels = args_.in_width[n];
-        load.out = map_.image(to);
-        load.out_row = map_.row_pitch();
-        load.out_block = map_.block_pitch();
-        load.out_col = map_.read_columns();
-        load.row_read = map_.read_rows();
-        kernels_.load(load, 0, s.height);
+        const T* image = args_.x + std::ptrdiff_t(n) * s.height * s.width * s.in_channels;
+        kernels_.load(map_.load(to, image, s.in_channels, args_.in_width[n]), 0, s.height);
     }
 
     void add_tiles(int n, const T* from, std::vector<WinogradTile<T>>& tiles) const {
