@@ -39,7 +39,7 @@ class Recipe:
 
 
 def demo(out: Path) -> Recipe:
-    """A WRN of 14 layers, 28x28 images entering at 14x14; three minutes on two CPU cores."""
+    """A WRN of 14 layers, 28x28 images entering at 14x14; two minutes on two CPU cores."""
     return Recipe(
         tasks={"digits": {"dataset": "digits"}, "mnist": {"dataset": "mnist_subset", "subset": 3000}},
         model={"name": "wrn_14_2", "selector": "light", "base_size": 14, "task_norm": "per_task"},
