@@ -18,6 +18,16 @@ settings.register_profile("den", deadline=None, derandomize=True, suppress_healt
 settings.load_profile("den")
 
 
+@pytest.fixture(autouse=True)
+def _restore_threads_and_isa():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    cpu = load("cpu")
+    if cpu.unavailable() is None:
+        cpu.set_isa(cpu.supported_isas()[0])
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # Workers share the cores; each with all of them waits for the others at every parallel loop.
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))

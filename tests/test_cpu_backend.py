@@ -3,7 +3,6 @@ poisoned inputs and outputs, batch mates that must not matter. N samples, C chan
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -12,29 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from cpu_cases import NAN, dtypes, isas
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from den_kernels import reference
 from den_kernels.backends import cpu
 
-if os.environ.get("DEN_REQUIRE_EXT") != "1" and cpu.unavailable() is not None:
-    pytest.skip(f"cpu backend: {cpu.unavailable()}", allow_module_level=True)
-
-ISAS = cpu.supported_isas()
-isas = pytest.mark.parametrize("isa", ISAS)
-NAN = float("nan")
-
-
-@pytest.fixture(autouse=True)
-def _restore_isa_and_threads():
-    threads = torch.get_num_threads()
-    yield
-    cpu.set_isa(ISAS[0])
-    torch.set_num_threads(threads)
-
-
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 # Largest error over the largest value.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 

@@ -3,31 +3,14 @@ machine, float32 and bfloat16, poisoned inputs and outputs, batch mates that mus
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
+from cpu_cases import NAN, channels_beyond, convolutions, dtypes, isas, outputs_start_as_nan, poison, widths
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from den_kernels import reference
 from den_kernels.backends import cpu
-
-if os.environ.get("DEN_REQUIRE_EXT") != "1" and cpu.unavailable() is not None:
-    pytest.skip(f"cpu backend: {cpu.unavailable()}", allow_module_level=True)
-
-ISAS = cpu.supported_isas()
-NAN = float("nan")
-isas = pytest.mark.parametrize("isa", ISAS)
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-
-
-@pytest.fixture(autouse=True)
-def _restore_isa_and_threads():
-    threads = torch.get_num_threads()
-    yield
-    cpu.set_isa(ISAS[0])
-    torch.set_num_threads(threads)
 
 
 def assert_exact_to_rounding(actual, expected) -> None:
@@ -37,53 +20,25 @@ def assert_exact_to_rounding(actual, expected) -> None:
     torch.testing.assert_close(actual.double(), expected, rtol=rtol, atol=1e-5 * largest)
 
 
-@st.composite
-def conv_cases(draw):
-    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
-    group_in = draw(st.sampled_from([1, 3, 4, 8, 11, 16, 24, 40]))
-    group_out = draw(st.sampled_from([1, 2, 5, 8, 12, 16, 20, 32, 48, 64, 72]))
-    kernel = draw(st.sampled_from([(1, 1), (3, 3), (3, 3), (2, 3), (5, 1), (7, 7)]))
-    dilation = draw(st.sampled_from([(1, 1), (1, 1), (2, 1), (2, 3)]))
-    stride = draw(st.sampled_from([(1, 1), (1, 1), (2, 2), (3, 1), (1, 2)]))
-    padding = (draw(st.integers(0, 3)), draw(st.integers(0, 3)))
-    least = [max(1, dilation[d] * (kernel[d] - 1) + 1 - 2 * padding[d]) for d in (0, 1)]
-    size = [least[d] + draw(st.integers(0, 17)) for d in (0, 1)]
-    samples = draw(st.integers(1, 7))
-    widths = []
-    for channels, step in ((groups * group_in, group_in), (groups * group_out, group_out)):
-        step = step if groups > 1 else 1
-        some = st.lists(st.integers(0, channels // step), min_size=samples, max_size=samples)
-        widths.append(draw(st.one_of(st.none(), some.map(lambda ws, s=step: [s * w for w in ws]))))
-    return {
-        "shape": (samples, groups * group_in, *size),
-        "weight": (groups * group_out, group_in, *kernel),
-        "in_width": widths[0],
-        "out_width": widths[1],
-        "geometry": (stride, padding, dilation, groups),
-        "bias": draw(st.booleans()),
-        "channels_last": draw(st.booleans()),
-        "index": draw(st.sampled_from([torch.int32, torch.int64])),
-        "threads": draw(st.integers(1, 3)),
-        "seed": draw(st.integers(0, 1000)),
-    }
-
-
 @isas
 @dtypes
 @settings(max_examples=80, deadline=None)
-@given(case=conv_cases())
-def test_equals_the_reference(isa, dtype, case) -> None:
+@given(
+    case=convolutions(),
+    has_bias=st.booleans(),
+    channels_last=st.booleans(),
+    index=st.sampled_from([torch.int32, torch.int64]),
+    threads=st.integers(1, 3),
+)
+def test_equals_the_reference(isa, dtype, case, has_bias, channels_last, index, threads) -> None:
     cpu.set_isa(isa)
-    torch.set_num_threads(case["threads"])
+    torch.set_num_threads(threads)
     torch.manual_seed(case["seed"])
     x, weight = torch.randn(case["shape"]).to(dtype), (torch.randn(case["weight"]) * 0.1).to(dtype)
-    bias = torch.randn(weight.shape[0]).to(dtype) if case["bias"] else None
-    if case["channels_last"]:
+    bias = torch.randn(weight.shape[0]).to(dtype) if has_bias else None
+    if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    in_width, out_width = (
-        None if case[name] is None else torch.tensor(case[name], dtype=case["index"])
-        for name in ("in_width", "out_width")
-    )
+    in_width, out_width = (None if w is None else w.to(index) for w in (case["in_width"], case["out_width"]))
     stride, padding, dilation, groups = case["geometry"]
     expected = reference.den_conv2d(
         x.double(),
@@ -96,19 +51,14 @@ def test_equals_the_reference(isa, dtype, case) -> None:
         dilation=dilation,
         groups=groups,
     )
-    for n, width in enumerate(case["in_width"] or []):
-        x[n, width:] = NAN
-    empty = torch.empty
-    cpu.torch.empty = lambda *a, **k: empty(*a, **k).fill_(NAN)
-    try:
+    poison(x, in_width)
+    with outputs_start_as_nan():
         y = cpu.conv2d(x, weight, bias, in_width, out_width, *case["geometry"])
-    finally:
-        cpu.torch.empty = empty
     assert y.dtype == dtype
     assert_exact_to_rounding(y, expected)
-    for n, width in enumerate(case["out_width"] or []):
-        assert torch.equal(y[n, width:], torch.zeros_like(y[n, width:]))
-    if case["channels_last"]:
+    for beyond in channels_beyond(y, out_width):
+        assert torch.equal(beyond, torch.zeros_like(beyond))
+    if channels_last:
         assert y.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -136,14 +86,11 @@ def test_sample_does_not_depend_on_batch_mates_or_threads(isa, dtype) -> None:
 def tiled_cases(draw):
     """Convolutions with enough tiles for Winograd's algorithm."""
     samples, channels, outputs = draw(st.integers(4, 7)), draw(st.integers(16, 50)), draw(st.integers(16, 70))
-    widths = [
-        draw(st.one_of(st.none(), st.lists(st.integers(0, most), min_size=samples, max_size=samples)))
-        for most in (channels, outputs)
-    ]
     return {
         "shape": (samples, channels, draw(st.integers(11, 19)), draw(st.integers(11, 19))),
         "outputs": outputs,
-        "widths": widths,
+        "in_width": widths(draw, channels, 1, samples),
+        "out_width": widths(draw, outputs, 1, samples),
         "padding": (draw(st.integers(0, 2)), draw(st.integers(0, 2))),
         "extra": draw(st.sampled_from(["nothing", "bias", "residual"])),
         "threads": draw(st.integers(1, 3)),
@@ -162,7 +109,7 @@ def test_winograd_equals_the_reference(isa, dtype, case) -> None:
     x = torch.randn(case["shape"]).to(dtype).contiguous(memory_format=torch.channels_last)
     weight = (torch.randn(case["outputs"], x.shape[1], 3, 3) * 0.1).to(dtype)
     bias = torch.randn(case["outputs"]).to(dtype) if case["extra"] == "bias" else None
-    in_width, out_width = (None if w is None else torch.tensor(w) for w in case["widths"])
+    in_width, out_width = case["in_width"], case["out_width"]
     expected = reference.den_conv2d(
         x.double(),
         weight.double(),
@@ -174,15 +121,14 @@ def test_winograd_equals_the_reference(isa, dtype, case) -> None:
     residual = torch.randn(expected.shape).to(dtype) if case["extra"] == "residual" else None
     if residual is not None:
         expected = expected + residual.double()
-    for n, width in enumerate(case["widths"][0] or []):
-        x[n, width:] = NAN
+    poison(x, in_width)
     y = cpu.conv2d(x, weight, bias, in_width, out_width, (1, 1), case["padding"], (1, 1), 1, residual)
     largest = float(expected.abs().max())
     rtol = 0.0 if dtype == torch.float32 else 2**-8
     torch.testing.assert_close(y.double(), expected, rtol=rtol, atol=3e-5 * largest)
     if residual is None:
-        for n, width in enumerate(case["widths"][1] or []):
-            assert torch.equal(y[n, width:], torch.zeros_like(y[n, width:]))
+        for beyond in channels_beyond(y, out_width):
+            assert torch.equal(beyond, torch.zeros_like(beyond))
     elif in_width is not None:
         assert torch.equal(y[in_width == 0], residual[in_width == 0]), "width 0 is the residual, bit for bit"
 

@@ -6,10 +6,9 @@ in buffers that must be written. N samples, C channels, R rows of statistics.
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
+from cpu_cases import convolutions, isas, outputs_start_as_nan, poison, widths
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,42 +17,20 @@ from den_kernels import reference
 from den_kernels.backends import batch_norm as plain
 from den_kernels.backends import cpu
 
-if os.environ.get("DEN_REQUIRE_EXT") != "1" and cpu.unavailable() is not None:
-    pytest.skip(f"cpu backend: {cpu.unavailable()}", allow_module_level=True)
-
-ISAS = cpu.supported_isas()
-isas = pytest.mark.parametrize("isa", ISAS)
-NAN = float("nan")
-
-
-@pytest.fixture(autouse=True)
-def _restore_isa_and_threads():
-    threads = torch.get_num_threads()
-    yield
-    cpu.set_isa(ISAS[0])
-    torch.set_num_threads(threads)
-
 
 def poisoned(x: Tensor, width: Tensor | None) -> Tensor:
-    """x in float32 with NaN in the channels beyond each sample's width."""
-    x = x.detach().float().clone(memory_format=torch.channels_last)
-    for n, w in enumerate([] if width is None else width.tolist()):
-        x[n, w:] = NAN
-    return x
+    """x in float32 and channels_last, with NaN in the channels beyond each sample's width."""
+    return poison(x.detach().float().clone(memory_format=torch.channels_last), width)
 
 
 def run_with_threads(isa: str, run):
     """Results of `run`, the same bits with 1, 2 and 3 threads and in a second call, in memory that was NaN."""
     cpu.set_isa(isa)
-    empty = torch.empty
     results = []
     for threads in (1, 2, 3, 3):
         torch.set_num_threads(threads)
-        cpu.torch.empty = lambda *a, **k: empty(*a, **k).fill_(NAN)
-        try:
+        with outputs_start_as_nan():
             results.append(run())
-        finally:
-            cpu.torch.empty = empty
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert a is b is None or torch.equal(a, b), "the bits depend on the number of threads or the call"
@@ -70,36 +47,6 @@ def close(name: str, actual: Tensor, expected: Tensor, tolerance: float) -> None
 
 
 # The convolution
-
-
-def widths(draw, channels: int, step: int, samples: int) -> Tensor | None:
-    """Widths of whole steps: none, any, or of a few levels."""
-    most = channels // step
-    some = st.one_of(st.integers(0, most), st.sampled_from([0, most // 4, most // 2, most]))
-    drawn = draw(st.one_of(st.none(), st.lists(some, min_size=samples, max_size=samples)))
-    return None if drawn is None else torch.tensor([step * w for w in drawn])
-
-
-@st.composite
-def convolutions(draw):
-    """Any geometry."""
-    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
-    group_in = draw(st.sampled_from([1, 3, 4, 8, 11, 16, 24, 40]))
-    group_out = draw(st.sampled_from([1, 2, 5, 8, 12, 16, 20, 32, 48, 64, 72]))
-    kernel = draw(st.sampled_from([(1, 1), (3, 3), (3, 3), (2, 3), (5, 1), (7, 7)]))
-    dilation = draw(st.sampled_from([(1, 1), (1, 1), (2, 1), (2, 3)]))
-    stride = draw(st.sampled_from([(1, 1), (1, 1), (2, 2), (3, 1), (1, 2)]))
-    padding = (draw(st.integers(0, 3)), draw(st.integers(0, 3)))
-    least = [max(1, dilation[d] * (kernel[d] - 1) + 1 - 2 * padding[d]) for d in (0, 1)]
-    samples = draw(st.integers(1, 7))
-    return {
-        "shape": (samples, groups * group_in, *(size + draw(st.integers(0, 17)) for size in least)),
-        "weight": (groups * group_out, group_in, *kernel),
-        "in_width": widths(draw, groups * group_in, group_in if groups > 1 else 1, samples),
-        "out_width": widths(draw, groups * group_out, group_out if groups > 1 else 1, samples),
-        "geometry": (stride, padding, dilation, groups),
-        "seed": draw(st.integers(0, 1000)),
-    }
 
 
 @st.composite
