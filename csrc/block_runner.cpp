@@ -6,10 +6,7 @@ namespace den {
 
 namespace {
 
-// V of a chunk of tiles fills a third of an L2 cache; with fewer tiles the weights would be the larger traffic.
-constexpr int kBenchFloats = 96 * 1024;
-constexpr int kFewestTiles = 16;
-constexpr int kFewestShare = 8;  // of a thread, when a sample is shared
+constexpr int kFewestShare = 8;  // tiles of a thread, when a sample is shared
 
 // Whether threads share V and take output channels each, because tiles of their own would be too few.
 bool share_v(int tiles, int threads) { return tiles < kFewestShare * threads; }
@@ -35,7 +32,7 @@ BlockRunner<T>::BlockRunner(const ResidualBlock& block) : block_(block), kernels
         const int pad = conv.kernel / 2, m = conv.winograd;
         ConvShape shape{channels,         conv.out_channels,          conv.groups, height, width,
                         {conv.kernel, conv.kernel}, {conv.stride, conv.stride}, {pad, pad},  {1, 1}};
-        const Pair slack = m ? Pair{round_up(height, m) - height, round_up(width, m) - width} : Pair{0, 0};
+        const Pair slack = m ? WinogradTiling<T>(m, shape).slack() : Pair{0, 0};
         if (maps_.empty())
             reads_x_ = conv.kernel == 1 && conv.stride == 1 && conv.groups == 1 && !block.pre_scale &&
                        channels % kWord<T> == 0 && !(block.projection.weight && block.x == block.out);
@@ -46,9 +43,9 @@ BlockRunner<T>::BlockRunner(const ResidualBlock& block) : block_(block), kernels
         scale_at_.push_back(workspace_floats_);
         workspace_floats_ += 2 * scale_floats(conv);
         if (m) {
-            const int i = int(maps_.size()) - 1, tiles = chunk_of(i);
-            bench_floats_ = std::max(bench_floats_, winograd_v_floats(m, words_of(i), tiles) + winograd_product_floats(m, tiles));
-            team_ = std::max(team_, ceil_div(kFewestTiles, tiles_of(i)));
+            const WinogradTiling<T> tiling(m, shape);
+            bench_floats_ = std::max(bench_floats_, tiling.chunk_floats());
+            team_ = std::max(team_, tiling.team());
         }
         channels = conv.out_channels, height = shape.out_height(), width = shape.out_width();
         pool_ *= conv.stride;
@@ -65,23 +62,6 @@ BlockRunner<T>::BlockRunner(const ResidualBlock& block) : block_(block), kernels
 }
 
 template <class T>
-int BlockRunner<T>::tiles_of(int i) const {
-    const ConvShape& conv = maps_[i].conv();
-    return ceil_div(conv.height, block_.convs[i].winograd) * ceil_div(conv.width, block_.convs[i].winograd);
-}
-
-template <class T>
-int BlockRunner<T>::words_of(int i) const {
-    return ceil_div(maps_[i].conv().group_in(), winograd_word<T>(block_.convs[i].winograd));
-}
-
-template <class T>
-int BlockRunner<T>::chunk_of(int i) const {
-    const int tile_floats = winograd_points(block_.convs[i].winograd) * words_of(i);
-    return std::max(kFewestTiles, kBenchFloats / tile_floats);
-}
-
-template <class T>
 double BlockRunner<T>::cost(int n) const {
     // A transform takes about as long as four more channels to multiply with.
     constexpr double kTransform = 4;
@@ -90,7 +70,7 @@ double BlockRunner<T>::cost(int n) const {
         const ConvShape& conv = maps_[i].conv();
         const double in = active_in(i, n), out = active_out(i, n);
         if (is_winograd(i))
-            macs += winograd_points(block_.convs[i].winograd) * tiles_of(i) *
+            macs += winograd_points(block_.convs[i].winograd) * tiling(i).tiles() *
                     (in * out / conv.groups + kTransform * (in + out));
         else
             macs += conv.macs_per_channel_pair() * in * out / conv.groups;
@@ -232,10 +212,10 @@ std::vector<WinogradTile<T>> BlockRunner<T>::tiles(int i, int group, float* work
     const BlockConv& conv = block_.convs[i];
     const ConvShape& shape = maps_[i].conv();
     // Groups are whole blocks of the maps (winograd.h).
-    const int first_in = group * shape.group_in(), first_out = group * shape.group_out(), m = conv.winograd;
+    const int first_in = group * shape.group_in(), first_out = group * shape.group_out();
     const std::ptrdiff_t in = first_in / kMapBlock<T> * maps_[i].block_pitch();
     std::vector<WinogradTile<T>> tiles;
-    tiles.reserve(std::size_t(count) * tiles_of(i));
+    tiles.reserve(std::size_t(count) * tiling(i).tiles());
     for (int s = 0; s < count; ++s) {
         float* workspace = workspaces + s * workspace_floats_;
         const int n = samples[s];
@@ -252,8 +232,7 @@ std::vector<WinogradTile<T>> BlockRunner<T>::tiles(int i, int group, float* work
         }
         tile.active_in = conv.groups == 1 ? active_in(i, n) : shape.group_in();
         tile.active_out = conv.groups == 1 ? active_out(i, n) : shape.group_out();
-        for (tile.row = 0; tile.row < shape.height; tile.row += m)
-            for (tile.col = 0; tile.col < shape.width; tile.col += m) tiles.push_back(tile);
+        tiling(i).append(tile, tiles);
     }
     return tiles;
 }
@@ -261,20 +240,9 @@ std::vector<WinogradTile<T>> BlockRunner<T>::tiles(int i, int group, float* work
 template <class T>
 WinogradPass<T> BlockRunner<T>::winograd_pass(int i, int group, float* v, int tiles) const {
     const BlockConv& conv = block_.convs[i];
-    const BasicBlockedMap<T>& map = maps_[i];
-    const ConvShape& shape = map.conv();
-    WinogradPass<T> pass{};
-    pass.tile = conv.winograd;
-    pass.in_row = map.row_pitch();
-    pass.in_block = map.block_pitch();
-    pass.v = v;
-    pass.v_block = std::ptrdiff_t(tiles) * kBlock;
-    pass.v_point = winograd_pitch(std::ptrdiff_t(round_up(words_of(i), kBlock)) * tiles);
-    pass.weight_point = std::ptrdiff_t(words_of(i)) * kWinogradGroup;
-    pass.weight_group = winograd_points(conv.winograd) * pass.weight_point;
-    pass.weight = static_cast<const float*>(conv.weight) + group * winograd_groups(shape.group_out()) * pass.weight_group;
-    pass.height = shape.height;
-    pass.width = shape.width;
+    const ConvShape& shape = maps_[i].conv();
+    const std::size_t group_words = winograd_packed_words<T>(conv.winograd, shape.group_out(), shape.group_in());
+    WinogradPass<T> pass = tiling(i).pass(maps_[i], static_cast<const float*>(conv.weight) + group * group_words, v, tiles);
     if (i + 1 < convs()) {
         const BasicBlockedMap<T>& next = maps_[i + 1];
         pass.relu = true;
@@ -294,10 +262,7 @@ WinogradPass<T> BlockRunner<T>::winograd_pass(int i, int group, float* v, int ti
 
 template <class T>
 void BlockRunner<T>::winograd_chunk(int i, int group, const WinogradTile<T>* tiles, int count, float* bench) const {
-    const WinogradPass<T> pass = winograd_pass(i, group, bench, count);
-    float* products = bench + winograd_v_floats(pass.tile, words_of(i), count);
-    kernels_.winograd->input(pass, tiles, 0, count);
-    kernels_.winograd->output(pass, tiles, 0, count, 0, winograd_groups(maps_[i].conv().group_out()), products);
+    tiling(i).convolve(winograd_pass(i, group, bench, count), tiles, count);
 }
 
 template <class T>
@@ -318,7 +283,7 @@ void BlockRunner<T>::run_team(float* workspaces, const int* samples, int count, 
         }
         for (int group = 0; group < block_.convs[i].groups; ++group) {
             const std::vector<WinogradTile<T>> all = tiles(i, group, workspaces, samples, count);
-            const int total = int(all.size()), chunks = ceil_div(total, chunk_of(i));
+            const int total = int(all.size()), chunks = ceil_div(total, tiling(i).chunk());
             for (int c = 0; c < chunks; ++c) {
                 const int first = total * c / chunks;
                 winograd_chunk(i, group, all.data() + first, total * (c + 1) / chunks - first, bench);
@@ -331,9 +296,8 @@ template <class T>
 std::size_t BlockRunner<T>::shared_v_floats(int samples, int threads) const {
     std::size_t most = 0;
     for (int i = 0; i < convs(); ++i)
-        if (is_winograd(i) && share_v(samples * tiles_of(i), threads))
-            most = std::max(most, winograd_v_floats(block_.convs[i].winograd, words_of(i),
-                                                    samples * tiles_of(i)));
+        if (is_winograd(i) && share_v(samples * tiling(i).tiles(), threads))
+            most = std::max(most, winograd_v_floats(block_.convs[i].winograd, tiling(i).words(), samples * tiling(i).tiles()));
     return most;
 }
 
@@ -341,7 +305,7 @@ template <class T>
 void BlockRunner<T>::shared_winograd(int i, float* workspaces, const std::vector<int>& samples, float* shared_v,
                                   float* bench, int threads) const {
     // Decided for all samples: fewer may run the later groups.
-    float* v = share_v(int(samples.size()) * tiles_of(i), threads) ? shared_v : nullptr;
+    float* v = share_v(int(samples.size()) * tiling(i).tiles(), threads) ? shared_v : nullptr;
     for (int group = 0; group < block_.convs[i].groups; ++group)
         shared_group(i, group, tiles(i, group, workspaces, samples.data(), int(samples.size())), v, bench, threads);
 }
@@ -349,15 +313,15 @@ void BlockRunner<T>::shared_winograd(int i, float* workspaces, const std::vector
 template <class T>
 void BlockRunner<T>::shared_group(int i, int group, const std::vector<WinogradTile<T>>& all, float* shared_v,
                                   float* bench, int threads) const {
-    const int total = int(all.size());
+    const int total = int(all.size()), chunk = tiling(i).chunk();
     if (total == 0) return;
     if (!shared_v) {
-        const std::vector<int> cuts = even_cuts(all, round_up(ceil_div(total, chunk_of(i)), threads));
+        const std::vector<int> cuts = even_cuts(all, round_up(ceil_div(total, chunk), threads));
         // Static: a thread meets the rows that it wrote.
 #pragma omp for schedule(static)
         for (int c = 0; c < int(cuts.size()) - 1; ++c)
-            for (int first = cuts[c]; first < cuts[c + 1]; first += chunk_of(i))
-                winograd_chunk(i, group, all.data() + first, std::min(chunk_of(i), cuts[c + 1] - first), bench);
+            for (int first = cuts[c]; first < cuts[c + 1]; first += chunk)
+                winograd_chunk(i, group, all.data() + first, std::min(chunk, cuts[c + 1] - first), bench);
         return;
     }
     const WinogradPass<T> pass = winograd_pass(i, group, shared_v, total);
@@ -368,7 +332,7 @@ void BlockRunner<T>::shared_group(int i, int group, const std::vector<WinogradTi
     int widest = 0;
     for (const WinogradTile<T>& tile : all) widest = std::max(widest, tile.active_out);
     // Few groups of output channels: each is cut by tiles too.
-    const int groups = winograd_groups(widest), chunk = chunk_of(i);
+    const int groups = winograd_groups(widest);
     const int parts = std::max(ceil_div(total, chunk), std::min(ceil_div(2 * threads, groups), ceil_div(total, 6)));
 #pragma omp for schedule(dynamic, 1)
     for (int item = 0; item < groups * parts; ++item) {

@@ -12,7 +12,7 @@
 #include "geometry.h"
 #include "residual_block.h"
 #include "schedule.h"
-#include "winograd.h"
+#include "winograd_tiling.h"
 
 namespace den {
 
@@ -66,9 +66,7 @@ private:
     bool reads_x() const { return reads_x_; }
     int active_in(int i, int n) const { return i == 0 ? block_.channels : hidden(n); }
     int active_out(int i, int n) const { return i + 1 == convs() ? out_channels_ : hidden(n); }
-    int tiles_of(int i) const;         // of one sample
-    int words_of(int i) const;         // of the input channels, in V and U
-    int chunk_of(int i) const;         // tiles whose V fits a bench
+    WinogradTiling<T> tiling(int i) const { return {block_.convs[i].winograd, maps_[i].conv()}; }
 
     void load_scales(float* workspace, int n) const;
     // Rows of sample n into a map, through the norm in front if `norm`.

@@ -5,7 +5,7 @@
 
 #include "dispatch.h"
 #include "schedule.h"
-#include "winograd.h"
+#include "winograd_tiling.h"
 
 namespace den {
 
@@ -14,15 +14,12 @@ namespace {
 constexpr int kTile = 4;
 constexpr int kFewestTiles = 32;     // in the batch
 constexpr int kFewestChannels = 16;  // in and out
-constexpr int kTeamTiles = 16;       // of the samples that a thread computes together
-
-Pair tiles_of(const ConvShape& s) { return {ceil_div(s.out_height(), kTile), ceil_div(s.out_width(), kTile)}; }
 
 template <class T>
 class Runner {
 public:
     Runner(const Conv2d<T>& args, int team)
-        : args_(args), kernels_(kernels<T>()), map_(args.shape, slack(args.shape)), team_(team),
+        : args_(args), kernels_(kernels<T>()), tiling_(kTile, args.shape), map_(args.shape, tiling_.slack()), team_(team),
           ones_(args.shape.out_channels + kBlock, 1.0f), bias_(args.shape.out_channels + kBlock, 0.0f),
           out_columns_(nhwc_columns(args.shape.out_width(), args.shape.out_channels)) {
         if (args.bias)
@@ -33,10 +30,7 @@ public:
         return winograd_packed_words<T>(kTile, args_.shape.out_channels, args_.shape.in_channels);
     }
     // Of one thread: V and products of a chunk of tiles, and the maps of a team.
-    std::size_t bench_floats() const {
-        return winograd_v_floats(kTile, args_.shape.in_channels, chunk()) + winograd_product_floats(kTile, chunk()) +
-               team_ * map_.floats();
-    }
+    std::size_t bench_floats() const { return tiling_.chunk_floats() + team_ * map_.floats(); }
 
     void zero_borders(float* bench) const {
         for (int s = 0; s < team_; ++s) map_.zero_border(map(bench, s), args_.shape.in_channels);
@@ -51,30 +45,15 @@ public:
             load(n, map(bench, s));
             add_tiles(n, map(bench, s), tiles);
         }
-        const int total = int(tiles.size()), chunks = ceil_div(total, chunk());
+        const int total = int(tiles.size()), chunks = ceil_div(total, tiling_.chunk());
         for (int c = 0; c < chunks; ++c) {
             const int first = total * c / chunks, some = total * (c + 1) / chunks - first;
-            const WinogradPass<T> pass = pass_of(weight, bench, some);
-            float* products = bench + winograd_v_floats(kTile, args_.shape.in_channels, some);
-            kernels_.winograd->input(pass, tiles.data() + first, 0, some);
-            kernels_.winograd->output(pass, tiles.data() + first, 0, some, 0, winograd_groups(args_.shape.out_channels),
-                                      products);
+            tiling_.convolve(pass_of(weight, bench, some), tiles.data() + first, some);
         }
     }
 
 private:
-    static Pair slack(const ConvShape& s) {
-        return {round_up(s.out_height(), kTile) - s.out_height(), round_up(s.out_width(), kTile) - s.out_width()};
-    }
-    int chunk() const {
-        constexpr int kFloats = 96 * 1024;  // of V: it stays in the cache
-        return std::max(kTeamTiles, kFloats / (winograd_points(kTile) * args_.shape.in_channels));
-    }
-    T* map(float* bench, int s) const {
-        float* maps = bench + winograd_v_floats(kTile, args_.shape.in_channels, chunk()) +
-                      winograd_product_floats(kTile, chunk());
-        return elements<T>(maps + s * map_.floats());
-    }
+    T* map(float* bench, int s) const { return elements<T>(bench + tiling_.chunk_floats() + s * map_.floats()); }
 
     void load(int n, T* to) const {
         const ConvShape& s = args_.shape;
@@ -83,7 +62,6 @@ private:
     }
 
     void add_tiles(int n, const T* from, std::vector<WinogradTile<T>>& tiles) const {
-        const ConvShape& s = args_.shape;
         WinogradTile<T> tile{};
         tile.in = from;
         tile.out = args_.out + args_.out_offset(n);
@@ -92,24 +70,12 @@ private:
         tile.add = bias_.data();
         tile.active_in = args_.in_width[n];
         tile.active_out = args_.out_width[n];
-        for (tile.row = 0; tile.row < s.out_height(); tile.row += kTile)
-            for (tile.col = 0; tile.col < s.out_width(); tile.col += kTile) tiles.push_back(tile);
+        tiling_.append(tile, tiles);
     }
 
     WinogradPass<T> pass_of(const float* weight, float* v, int tiles) const {
         const ConvShape& s = args_.shape;
-        WinogradPass<T> pass{};
-        pass.tile = kTile;
-        pass.in_row = map_.row_pitch();
-        pass.in_block = map_.block_pitch();
-        pass.v = v;
-        pass.v_block = std::ptrdiff_t(tiles) * kBlock;
-        pass.v_point = winograd_pitch(std::ptrdiff_t(round_up(s.in_channels, kBlock)) * tiles);
-        pass.weight = weight;
-        pass.weight_point = std::ptrdiff_t(s.in_channels) * kWinogradGroup;
-        pass.weight_group = winograd_points(kTile) * pass.weight_point;
-        pass.height = s.out_height();
-        pass.width = s.out_width();
+        WinogradPass<T> pass = tiling_.pass(map_, weight, v, tiles);
         pass.out_row = std::ptrdiff_t(s.out_width()) * s.out_channels;
         pass.out_block = kMapBlock<T>;
         pass.out_col = out_columns_.data();
@@ -118,6 +84,7 @@ private:
 
     const Conv2d<T>& args_;
     const BasicKernels<T>& kernels_;
+    WinogradTiling<T> tiling_;
     BasicBlockedMap<T> map_;
     int team_;
     std::vector<float> ones_, bias_;
@@ -132,22 +99,21 @@ bool winograd_suits(const Conv2d<T>& args) {
     if (s.kernel.y != 3 || s.kernel.x != 3 || s.stride.y != 1 || s.stride.x != 1 || s.dilation.y != 1 ||
         s.dilation.x != 1 || s.groups != 1 || std::min(s.in_channels, s.out_channels) < kFewestChannels)
         return false;
-    const Pair tiles = tiles_of(s);
     // A map of one or two rows would fill little of its tiles.
-    return std::min(s.out_height(), s.out_width()) > 2 && args.samples * tiles.y * tiles.x >= kFewestTiles;
+    return std::min(s.out_height(), s.out_width()) > 2 &&
+           args.samples * WinogradTiling<T>(kTile, s).tiles() >= kFewestTiles;
 }
 
 template <class T>
 void winograd_conv2d(const Conv2d<T>& args) {
     const ConvShape& shape = args.shape;
     const int threads = std::max(1, args.threads);
-    const Pair tiles = tiles_of(shape);
     // Dearest first; a team for every thread, if there are as many samples.
     std::vector<int> order(args.samples);
     std::iota(order.begin(), order.end(), 0);
     const auto cost = [&](int n) { return double(args.in_width[n]) * args.out_width[n]; };
     std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return cost(a) > cost(b); });
-    const int team = std::max(1, std::min(ceil_div(kTeamTiles, tiles.y * tiles.x), args.samples / (2 * threads)));
+    const int team = std::max(1, std::min(WinogradTiling<T>(kTile, shape).team(), args.samples / (2 * threads)));
     const int teams = ceil_div(args.samples, team);
 
     const Runner<T> run(args, team);

@@ -1,0 +1,81 @@
+#include "winograd_tiling.h"
+
+#include <algorithm>
+
+#include "dispatch.h"
+
+namespace den {
+
+namespace {
+
+constexpr int kChunkFloats = 96 * 1024;  // of V
+constexpr int kFewestTiles = 16;
+
+}  // namespace
+
+template <class T>
+int WinogradTiling<T>::tiles() const {
+    return ceil_div(conv_.out_height(), tile_) * ceil_div(conv_.out_width(), tile_);
+}
+
+template <class T>
+int WinogradTiling<T>::words() const {
+    return ceil_div(conv_.group_in(), winograd_word<T>(tile_));
+}
+
+template <class T>
+Pair WinogradTiling<T>::slack() const {
+    const int height = conv_.out_height(), width = conv_.out_width();
+    return {round_up(height, tile_) - height, round_up(width, tile_) - width};
+}
+
+template <class T>
+int WinogradTiling<T>::chunk() const {
+    return std::max(kFewestTiles, kChunkFloats / (winograd_points(tile_) * words()));
+}
+
+template <class T>
+int WinogradTiling<T>::team() const {
+    return ceil_div(kFewestTiles, tiles());
+}
+
+template <class T>
+std::size_t WinogradTiling<T>::chunk_floats() const {
+    return winograd_v_floats(tile_, words(), chunk()) + winograd_product_floats(tile_, chunk());
+}
+
+template <class T>
+void WinogradTiling<T>::append(WinogradTile<T> sample, std::vector<WinogradTile<T>>& tiles) const {
+    for (sample.row = 0; sample.row < conv_.out_height(); sample.row += tile_)
+        for (sample.col = 0; sample.col < conv_.out_width(); sample.col += tile_) tiles.push_back(sample);
+}
+
+template <class T>
+WinogradPass<T> WinogradTiling<T>::pass(const BasicBlockedMap<T>& map, const float* weight, float* v, int tiles) const {
+    WinogradPass<T> pass{};
+    pass.tile = tile_;
+    pass.in_row = map.row_pitch();
+    pass.in_block = map.block_pitch();
+    pass.v = v;
+    pass.v_block = std::ptrdiff_t(tiles) * kBlock;
+    pass.v_point = winograd_pitch(std::ptrdiff_t(round_up(words(), kBlock)) * tiles);
+    pass.weight = weight;
+    pass.weight_point = std::ptrdiff_t(words()) * kWinogradGroup;
+    pass.weight_group = winograd_points(tile_) * pass.weight_point;
+    pass.height = conv_.out_height();
+    pass.width = conv_.out_width();
+    return pass;
+}
+
+template <class T>
+void WinogradTiling<T>::convolve(const WinogradPass<T>& pass, const WinogradTile<T>* tiles, int count) const {
+    const WinogradKernels<T>& winograd = *kernels<T>().winograd;
+    winograd.input(pass, tiles, 0, count);
+    winograd.output(pass, tiles, 0, count, 0, winograd_groups(conv_.group_out()),
+                    pass.v + winograd_v_floats(tile_, words(), count));
+}
+
+template class WinogradTiling<float>;
+template class WinogradTiling<bf16>;
+
+}  // namespace den
