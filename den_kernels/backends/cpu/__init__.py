@@ -10,80 +10,51 @@ Symbols: N samples, C channels, H W space, L levels.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib
-import mmap
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
-import torch  # before the extension: torch brings the OpenMP library that both must share
+import torch
 from torch import Tensor
 
 from den_kernels.backends import batch_norm as plain
 from den_kernels.backends import grouped
+from den_kernels.backends.cpu.native import DTYPES, extension, set_isa, supported_isas, unavailable
+from den_kernels.backends.cpu.weights import TILE_BOUNDS, gather, pack_weight, pack_weights
 from den_kernels.block import BlockArguments, flatten
+
+__all__ = [
+    "NAME",
+    "TILE_BOUNDS",
+    "batch_norm",
+    "batch_norm_backward",
+    "conv2d",
+    "conv2d_add",
+    "conv2d_backward",
+    "gather",
+    "pack_weight",
+    "pack_weights",
+    "plan_levels",
+    "rejects",
+    "residual_block",
+    "residual_chain",
+    "set_isa",
+    "supported_isas",
+    "unavailable",
+]
 
 NAME = "cpu"
 
 Pair = tuple[int, int]
 
 
-@functools.lru_cache(maxsize=1)
-def _load() -> tuple[ModuleType | None, str | None]:
-    """The extension, or why there is none."""
-    try:
-        return importlib.import_module("den_kernels._cpu"), None
-    except ModuleNotFoundError:
-        return None, (
-            "the C++ extension den_kernels._cpu is not built: install a C++ compiler (e.g. apt install g++) and "
-            "run `pip install -e .` (or `pip install --force-reinstall --no-deps den-kernels`) again"
-        )
-    except ImportError as error:
-        return None, (
-            f"the C++ extension den_kernels._cpu cannot be loaded ({error}): rebuild it on this machine with "
-            "`pip install -e .`"
-        )
-
-
-def unavailable() -> str | None:
-    """None when the extension can be used, else the reason and the fix in one sentence."""
-    return _load()[1]
-
-
-def _extension() -> ModuleType:
-    extension, reason = _load()
-    if extension is None:
-        raise RuntimeError(f"backend 'cpu' is not available: {reason}")
-    return extension
-
-
-# By the names that the extension knows them by.
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-
-
 def rejects(device: torch.device, dtype: torch.dtype) -> str | None:
     """None when the backend takes tensors of this device and dtype, else why it does not."""
     if device.type != "cpu":
         return f"backend 'cpu' takes CPU tensors, got device {device}"
-    if dtype not in _DTYPES:
-        return f"backend 'cpu' takes {' and '.join(_DTYPES.values())}, got {dtype}"
+    if dtype not in DTYPES:
+        return f"backend 'cpu' takes {' and '.join(DTYPES.values())}, got {dtype}"
     return None
-
-
-def set_isa(name: str) -> str:
-    """Run the kernels of instruction set `name` from now on; returns the name of those used before.
-
-    For tests and measurements: the best set is chosen when the extension is loaded. Raises ValueError when this machine
-    cannot run it.
-    """
-    return _extension().set_isa(name)
-
-
-def supported_isas() -> tuple[str, ...]:
-    """Instruction sets that this machine runs, best first."""
-    return tuple(_extension().supported_isas())
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -111,7 +82,7 @@ def conv2d(
     float32 or bfloat16, all tensors alike. residual: like the result, added to it; a sample of input width 0 is its
     residual, bit for bit. Raises ValueError for a width out of range or, with groups, not of whole groups.
     """
-    extension = _extension()
+    native = extension()
     if x.dtype == torch.bfloat16 and groups > 1 and weight.shape[1] % 2:
         # bfloat16 channels are multiplied in pairs, and here a pair would lie in two groups.
         y = conv2d(
@@ -132,8 +103,8 @@ def conv2d(
         for size, pad, dil, k, step in zip((H, W), padding, dilation, kernel, stride, strict=True)
     )
     out = torch.empty((N, C_out, H_out, W_out), dtype=x.dtype, memory_format=torch.channels_last)
-    extension.conv2d(
-        _DTYPES[x.dtype],
+    native.conv2d(
+        DTYPES[x.dtype],
         x_NHWC.data_ptr(),
         weight.data_ptr(),
         _address(bias),
@@ -183,7 +154,7 @@ def conv2d_backward(
         return grouped.conv2d_backward(
             grad, x, weight, in_width, out_width, stride, padding, dilation, groups, output_mask
         )
-    extension = _extension()
+    native = extension()
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
     weight = weight.contiguous()
@@ -193,7 +164,7 @@ def conv2d_backward(
     dx = torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last) if output_mask[0] else None
     dweight = torch.empty(weight.shape, dtype=x.dtype) if output_mask[1] else None
     dbias = torch.empty((C_out,), dtype=x.dtype) if output_mask[2] else None
-    extension.conv2d_backward(
+    native.conv2d_backward(
         grad.data_ptr(),
         x.data_ptr(),
         weight.data_ptr(),
@@ -229,7 +200,7 @@ def batch_norm(
     y = torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last)
     mean, var, count = (torch.empty((rows, x.shape[1]), dtype=x.dtype) for _ in range(3))
     norm = _Norm(x_NHWC, row, width, weight, bias, mean, var, count, eps, relu)
-    _extension().batch_norm(*norm.arguments, y.data_ptr())
+    extension().batch_norm(*norm.arguments, y.data_ptr())
     return y, mean, var, count
 
 
@@ -253,7 +224,7 @@ def batch_norm_backward(
     dx = torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last)
     dweight, dbias = torch.empty(mean.shape, dtype=x.dtype), torch.empty(mean.shape, dtype=x.dtype)
     norm = _Norm(x, row, width, weight, bias, mean, var, count, eps, relu)
-    _extension().batch_norm_backward(
+    extension().batch_norm_backward(
         *norm.arguments, grad.data_ptr(), dx.data_ptr(), dweight.data_ptr(), dbias.data_ptr()
     )
     return dx, dweight, dbias
@@ -277,106 +248,13 @@ class _Norm:
         self.arguments = ([_address(t) for t in self.tensors], sizes, eps, relu, torch.get_num_threads())
 
 
-# Batches are of a class by their tiles of 4x4 outputs: fewer than 16, fewer than 3. Fewer tiles leave the weights, read
-# once a call, as the larger traffic, where they outgrow the cache: F(2x2) then reads less than half of F(4x4), and the
-# weights as they are about half of that.
-TILE_BOUNDS = (16, 3)
-_LARGE_WEIGHTS = 256 * 128, 512 * 256
-# Channels of a group must fill blocks of the extension's maps, of either dtype.
-_WHOLE_BLOCKS = 32
-
-
-def winograd_tile(weight: Tensor, stride: int, groups: int, batch_class: int) -> int:
-    """Outputs a side of the Winograd tiles that a convolution is computed with; 0: directly.
-
-    weight: [C_out, C_in / groups, K, K]. batch_class: how many of `TILE_BOUNDS` the batch's tiles are below. Decided by
-    dtype, shape and batch size alone, so that a sample's result does not depend on its batch mates.
-    """
-    C_out, C_in, *kernel = weight.shape
-    if kernel != [3, 3] or stride != 1 or min(C_out // groups, C_in) < 8:
-        return 0
-    if groups > 1 and (C_out // groups % _WHOLE_BLOCKS or C_in % _WHOLE_BLOCKS):
-        return 0
-    tile = 2 if weight.dtype == torch.bfloat16 else 4
-    for smaller, large in zip((2, 0)[:batch_class], _LARGE_WEIGHTS, strict=False):
-        tile = min(tile, smaller) if C_out * C_in >= large else tile
-    return tile
-
-
-def pack_weights(weight: Tensor, stride: int, groups: int, winograd: bool) -> list[Tensor]:
-    """Weights as `residual_block` reads them, for each class of batch; classes may share a tensor."""
-    tiles = [winograd_tile(weight, stride, groups, c) if winograd else 0 for c in range(len(TILE_BOUNDS) + 1)]
-    packed = {tile: pack_weight(weight, groups, tile) for tile in set(tiles)}
-    return [packed[tile] for tile in tiles]
-
-
-def pack_weight(weight: Tensor, groups: int, winograd: int = 0) -> Tensor:
-    """Weights [C_out, C_in/groups, K, K] as `residual_block` reads them: a flat tensor.
-
-    winograd: 2 or 4 transforms them for tiles of that many outputs a side (csrc/winograd.h; tiles of 4 in float32
-    whatever their dtype); 0: as they are (csrc/pack.h). The sizes differ, which is how `residual_block` knows.
-    """
-    extension = _extension()
-    weight = weight.detach().contiguous()
-    C_out, group_in, *kernel = weight.shape
-    threads = torch.get_num_threads()
-    name = _DTYPES[weight.dtype]
-    if winograd:
-        size = extension.winograd_packed_elements(name, winograd, C_out, group_in, groups)
-        packed = torch.empty(size, dtype=weight.dtype if winograd == 2 else torch.float32)
-        extension.winograd_pack(name, winograd, weight.data_ptr(), packed.data_ptr(), C_out, group_in, groups, threads)
-        return packed
-    if weight.dtype == torch.bfloat16 and groups > 1 and group_in % 2:
-        raise ValueError(
-            f"weight has {group_in} input channels a group in bfloat16, which is multiplied in pairs of channels: "
-            "use float32, or backend='grouped'"
-        )
-    taps = kernel[0] * kernel[1]
-    shape = (C_out, group_in, taps, groups)
-    packed = torch.empty(extension.packed_elements(name, *shape), dtype=weight.dtype)
-    extension.pack_weight(name, weight.data_ptr(), packed.data_ptr(), *shape, threads)
-    return packed
-
-
-_LARGE_PAGE = 2 << 20
-
-
-def gather(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of flat tensors, side by side in one allocation of large pages where the system has them.
-
-    The weights of a network are read from memory once a call when the batch is small; with pages of 4 KiB, half of that
-    time goes into translating addresses.
-    """
-    sizes = [-(-t.numel() * t.element_size() // 64) * 64 for t in tensors]
-    arena = _empty_in_large_pages(sum(sizes))
-    copies, start = [], 0
-    for tensor, size in zip(tensors, sizes, strict=True):
-        place = arena[start : start + tensor.numel() * tensor.element_size()].view(tensor.dtype)
-        copies.append(place.copy_(tensor))
-        start += size
-    return copies
-
-
-def _empty_in_large_pages(size: int) -> Tensor:
-    """Bytes [size], aligned to a large page."""
-    if size == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(size, dtype=torch.uint8)
-    memory = mmap.mmap(-1, size + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    # The kernel may be built without: it is as well then.
-    with contextlib.suppress(OSError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    arena = torch.frombuffer(memory, dtype=torch.uint8)
-    start = -arena.data_ptr() % _LARGE_PAGE
-    return arena[start : start + size]
-
-
 def plan_levels(level_NB: Tensor, num_levels: int) -> tuple[Tensor, Tensor, Tensor]:
     """The fields of a `LevelPlan`. Raises ValueError for a level out of range."""
     level_NB = level_NB.to(torch.int64).contiguous()
     N, B = level_NB.shape
     level_BN, order_BN = (torch.empty((B, N), dtype=torch.int32) for _ in range(2))
     count_BL = torch.empty((B, num_levels), dtype=torch.int32)
-    _extension().plan(
+    extension().plan(
         level_NB.data_ptr(), (N, B, num_levels), level_BN.data_ptr(), order_BN.data_ptr(), count_BL.data_ptr()
     )
     return level_BN, order_BN, count_BL
@@ -407,7 +285,7 @@ def residual_chain(
     of range, or packed weights of another shape.
     """
     N, C, H, W = x.shape
-    chain = _chain(_DTYPES[x.dtype], tuple(t.data_ptr() for t in tensors), tuple(spec))
+    chain = _chain(DTYPES[x.dtype], tuple(t.data_ptr() for t in tensors), tuple(spec))
     for name, value in (("level", level), ("order", order)):
         if value.dtype != torch.int32 or value.numel() != chain.blocks * N or not value.is_contiguous():
             raise ValueError(
@@ -433,4 +311,4 @@ def residual_chain(
 @functools.lru_cache(maxsize=256)
 def _chain(dtype: str, addresses: tuple[int, ...], spec: tuple[int, ...]) -> Any:
     """The native form of a chain, which these numbers determine: it holds addresses, no values."""
-    return _extension().Chain(dtype, addresses, spec)
+    return extension().Chain(dtype, addresses, spec)
