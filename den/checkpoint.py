@@ -75,7 +75,7 @@ def load(
         model = create_model(**config, backend=backend)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG} describes no model that can be built: {error}") from error
-    _load_tensors(model, folder / TENSORS)
+    load_tensors(model, folder / TENSORS)
     return model.to(device).eval()
 
 
@@ -119,8 +119,8 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _load_tensors(model: DEN, path: Path) -> None:
-    """Fill the model from a safetensors file whose names, shapes and dtypes must be its own."""
+def load_tensors(model: nn.Module, path: Path) -> None:
+    """Fill the model from a safetensors file whose names and shapes must be its own. Raises ValueError as `load`."""
     if not path.is_file():
         raise ValueError(f"{path} is missing; a model folder has {CONFIG} and {TENSORS}, as den.save writes them")
     wanted = model.state_dict()

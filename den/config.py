@@ -10,6 +10,11 @@ import tyro
 
 Schedule = Literal["constant", "step", "cosine"]
 SCHEDULES = get_args(Schedule)
+Baseline = Literal["none", "leave_one_out"]
+BASELINES = get_args(Baseline)
+
+
+Rule = tuple[str, object, bool, str]  # name, value, whether it holds, what is right
 
 
 @dataclass
@@ -41,6 +46,24 @@ class EstimatorConfig:
     full_share: float = 0.0
     """Later stages: share of each batch kept at the full path; equation 8's reason, held on to. 0 is the paper."""
 
+    def rules(self) -> list[Rule]:
+        """Every field that has a range, with what holds."""
+        e = self
+        return [
+            ("estimator.lr", e.lr, e.lr > 0, "above 0"),
+            ("estimator.momentum", e.momentum, 0 <= e.momentum < 1, "at least 0 and below 1"),
+            ("estimator.weight_decay", e.weight_decay, e.weight_decay >= 0, "at least 0"),
+            ("estimator.first_epochs", e.first_epochs, e.first_epochs >= 1, "at least 1"),
+            ("estimator.epochs", e.epochs, e.epochs >= 0, "at least 0"),
+            ("estimator.schedule", e.schedule, e.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+            ("estimator.decay", e.decay, 0 < e.decay <= 1, "above 0 and at most 1"),
+            ("estimator.decays", e.decays, e.decays >= 0, "at least 0"),
+            ("estimator.patience", e.patience, e.patience >= 0, "at least 0"),
+            ("estimator.levels", e.levels, e.levels in ("sample", "argmax"), "sample or argmax"),
+            ("estimator.settle_epochs", e.settle_epochs, e.settle_epochs >= 0, "at least 0"),
+            ("estimator.full_share", e.full_share, 0 <= e.full_share <= 1, "between 0 and 1"),
+        ]
+
 
 @dataclass
 class SelectorConfig:
@@ -62,34 +85,44 @@ class SelectorConfig:
     """|Z|, paths sampled for each image; unstated in the paper."""
     epsilon_decay: float = 0.99
     """epsilon-greedy: at step t a path is uniform with probability epsilon_decay**t (the authors' code). 0: never."""
-    baseline: Literal["none", "leave_one_out"] = "none"
+    baseline: Baseline = "none"
     """none (the paper) or leave_one_out: the same expected gradient with less variance."""
     split: Literal["train", "val"] = "train"
     """Images that it learns from: train, or val, held out from the estimator."""
 
+    def rules(self) -> list[Rule]:
+        """Every field that has a range, with what holds."""
+        s = self
+        enough = s.baseline != "leave_one_out" or s.paths >= 2
+        return [
+            ("selector.lr", s.lr, s.lr > 0, "above 0"),
+            ("selector.epochs", s.epochs, s.epochs >= 0, "at least 0"),
+            ("selector.schedule", s.schedule, s.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+            ("selector.decay", s.decay, 0 < s.decay <= 1, "above 0 and at most 1"),
+            ("selector.decays", s.decays, s.decays >= 0, "at least 0"),
+            ("selector.patience", s.patience, s.patience >= 0, "at least 0"),
+            ("selector.paths", s.paths, s.paths >= 1, "at least 1"),
+            ("selector.epsilon_decay", s.epsilon_decay, 0 <= s.epsilon_decay < 1, "at least 0 and below 1"),
+            ("selector.baseline", s.baseline, s.baseline in BASELINES, f"one of {', '.join(BASELINES)}"),
+            ("selector.split", s.split, s.split in ("train", "val"), "train or val"),
+            ("selector.paths", s.paths, enough, "at least 2 with the leave_one_out baseline"),
+        ]
+
 
 @dataclass
-class TrainConfig:
-    """A whole training run."""
+class RunConfig:
+    """What every kind of training run has, the baselines' too."""
 
-    rho: float = 0.1
-    """Weight of the sparsity term, equation 5."""
-    tau: float = 0.75
-    """Weight of the full path in the initial distribution, equation 8."""
-    stages: int = 4
-    """S of Algorithm 1."""
     batch_size: int = 128
-    """Images of each task in a step."""
+    """Images of each task in a step, on each process."""
     seed: int = 0
     """Of the order of images, augmentation and sampled paths."""
-    estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
-    """How the estimator is trained."""
-    selector: SelectorConfig = field(default_factory=SelectorConfig)
-    """How the selector is trained."""
     accelerator: str = "auto"
     """auto, cpu, cuda, ...: devices, precision and machines are Lightning Fabric's."""
     devices: int = 1
-    """How many of them on this machine."""
+    """How many of them on each machine; a process each."""
+    nodes: int = 1
+    """Machines."""
     precision: str = "32-true"
     """Lightning Fabric's name of it, such as bf16-mixed."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
@@ -100,40 +133,43 @@ class TrainConfig:
     progress: bool = True
     """Show a progress bar where standard error is a terminal."""
 
+    def rules(self) -> list[Rule]:
+        """Every field that has a range, with what holds."""
+        return [
+            ("batch_size", self.batch_size, self.batch_size >= 1, "at least 1"),
+            ("devices", self.devices, self.devices >= 1, "at least 1"),
+            ("nodes", self.nodes, self.nodes >= 1, "at least 1"),
+        ]
+
     def check(self) -> None:
         """Raise ValueError naming the first field that is out of range."""
-        e, s = self.estimator, self.selector
-        rules = (
+        for name, value, holds, allowed in self.rules():
+            if not holds:
+                raise ValueError(f"{name} is {value!r}; it must be {allowed}")
+
+
+@dataclass
+class TrainConfig(RunConfig):
+    """A whole training run."""
+
+    rho: float = 0.1
+    """Weight of the sparsity term, equation 5."""
+    tau: float = 0.75
+    """Weight of the full path in the initial distribution, equation 8."""
+    stages: int = 4
+    """S of Algorithm 1."""
+    estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
+    """How the estimator is trained."""
+    selector: SelectorConfig = field(default_factory=SelectorConfig)
+    """How the selector is trained."""
+
+    def rules(self) -> list[Rule]:
+        """Every field that has a range, with what holds."""
+        return [*super().rules(), *self._own_rules(), *self.estimator.rules(), *self.selector.rules()]
+
+    def _own_rules(self) -> list[Rule]:
+        return [
             ("rho", self.rho, self.rho >= 0, "at least 0"),
             ("tau", self.tau, 0 <= self.tau <= 1, "between 0 and 1"),
             ("stages", self.stages, self.stages >= 1, "at least 1"),
-            ("batch_size", self.batch_size, self.batch_size >= 1, "at least 1"),
-            ("devices", self.devices, self.devices >= 1, "at least 1"),
-            ("estimator.lr", e.lr, e.lr > 0, "above 0"),
-            ("estimator.momentum", e.momentum, 0 <= e.momentum < 1, "at least 0 and below 1"),
-            ("estimator.weight_decay", e.weight_decay, e.weight_decay >= 0, "at least 0"),
-            ("estimator.first_epochs", e.first_epochs, e.first_epochs >= 1, "at least 1"),
-            ("estimator.epochs", e.epochs, e.epochs >= 0, "at least 0"),
-            ("estimator.schedule", e.schedule, e.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
-            ("estimator.decay", e.decay, 0 < e.decay <= 1, "above 0 and at most 1"),
-            ("estimator.decays", e.decays, e.decays >= 0, "at least 0"),
-            ("estimator.patience", e.patience, e.patience >= 0, "at least 0"),
-            ("estimator.levels", e.levels, e.levels in ("sample", "argmax"), "sample or argmax"),
-            ("estimator.settle_epochs", e.settle_epochs, e.settle_epochs >= 0, "at least 0"),
-            ("estimator.full_share", e.full_share, 0 <= e.full_share <= 1, "between 0 and 1"),
-            ("selector.lr", s.lr, s.lr > 0, "above 0"),
-            ("selector.epochs", s.epochs, s.epochs >= 0, "at least 0"),
-            ("selector.schedule", s.schedule, s.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
-            ("selector.decay", s.decay, 0 < s.decay <= 1, "above 0 and at most 1"),
-            ("selector.decays", s.decays, s.decays >= 0, "at least 0"),
-            ("selector.patience", s.patience, s.patience >= 0, "at least 0"),
-            ("selector.paths", s.paths, s.paths >= 1, "at least 1"),
-            ("selector.epsilon_decay", s.epsilon_decay, 0 <= s.epsilon_decay < 1, "at least 0 and below 1"),
-            ("selector.baseline", s.baseline, s.baseline in ("none", "leave_one_out"), "none or leave_one_out"),
-            ("selector.split", s.split, s.split in ("train", "val"), "train or val"),
-        )
-        for name, value, holds, allowed in rules:
-            if not holds:
-                raise ValueError(f"{name} is {value!r}; it must be {allowed}")
-        if s.baseline == "leave_one_out" and s.paths < 2:
-            raise ValueError(f"selector.paths is {s.paths}; the leave_one_out baseline needs at least 2")
+        ]

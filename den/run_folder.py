@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from den import checkpoint
 from den.model import DEN
@@ -77,18 +77,25 @@ class RunFolder:
 
     def save_checkpoint(
         self,
-        model: DEN,
+        model: nn.Module,
         meta: Mapping[str, Any],
         *,
+        extra: Mapping[str, nn.Module],
         optimizers: Mapping[str, torch.optim.Optimizer],
         generator: torch.Generator,
         values: Mapping[str, Any],
     ) -> None:
-        """Replace the checkpoint: the model, and what goes on from it."""
+        """Replace the checkpoint: the model (a DEN as `den.save` writes it), and what goes on from it."""
         fresh, old = self.path / "checkpoint.new", self.path / "checkpoint.old"
         shutil.rmtree(fresh, ignore_errors=True)
-        checkpoint.save(model, fresh, meta)
+        if isinstance(model, DEN):
+            checkpoint.save(model, fresh, meta)
+        else:
+            fresh.mkdir()
+            save_file(_tensors(model), fresh / checkpoint.TENSORS)
         tensors = {"generator": generator.get_state()}
+        for name, module in extra.items():
+            tensors.update({f"{name}.{key}": tensor for key, tensor in _tensors(module).items()})
         groups = {}
         for name, optimizer in optimizers.items():
             state, groups[name] = _flatten(optimizer.state_dict())
@@ -102,24 +109,39 @@ class RunFolder:
         shutil.rmtree(old, ignore_errors=True)
 
     def load_checkpoint(
-        self, model: DEN, *, optimizers: Mapping[str, torch.optim.Optimizer], generator: torch.Generator
+        self,
+        model: nn.Module,
+        *,
+        extra: Mapping[str, nn.Module],
+        optimizers: Mapping[str, torch.optim.Optimizer],
+        generator: torch.Generator,
     ) -> dict[str, Any]:
-        """Put the checkpoint's state into model, optimizers and generator; returns the plain values saved with it.
+        """Put the checkpoint's state into modules, optimizers and generator; returns the plain values saved with it.
 
         Raises ValueError for a checkpoint that is not a whole one, or of another model.
         """
-        model.load_state_dict(checkpoint.load(self.checkpoint).state_dict())
+        checkpoint.load_tensors(model, self.checkpoint / checkpoint.TENSORS)
         try:
             tensors = load_file(self.checkpoint / "trainer.safetensors")
             values = json.loads((self.checkpoint / "trainer.json").read_text())
         except (OSError, SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"{self.checkpoint} cannot be resumed from: {error}") from error
         generator.set_state(tensors.pop("generator"))
+        for name, module in extra.items():
+            module.load_state_dict(_under(name, tensors))
         for name, optimizer in optimizers.items():
-            prefix = f"{name}."
-            state = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-            optimizer.load_state_dict(_unflatten(state, values["optimizers"][name]))
+            optimizer.load_state_dict(_unflatten(_under(name, tensors), values["optimizers"][name]))
         return values
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+
+
+def _under(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with `name.`, without it."""
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
 def _flatten(state_dict: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:

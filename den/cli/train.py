@@ -110,6 +110,7 @@ class Train:
                     model,
                     tasks,
                     self.config,
+                    about={"method": "den", "policy": "selector", "seed": self.config.seed},
                     source={"tasks": dict(zip(names, sources, strict=True)), "command": self._plain()},
                     on_epoch=self._epoch,
                 )
