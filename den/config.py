@@ -10,8 +10,10 @@ import tyro
 
 Schedule = Literal["constant", "step", "cosine"]
 SCHEDULES = get_args(Schedule)
-Baseline = Literal["none", "leave_one_out"]
+Baseline = Literal["none", "leave_one_out", "self_critical", "moving_average"]
 BASELINES = get_args(Baseline)
+CostUnit = Literal["parameters", "flops", "latency"]
+COST_UNITS = get_args(CostUnit)
 
 
 Rule = tuple[str, object, bool, str]  # name, value, whether it holds, what is right
@@ -45,6 +47,22 @@ class EstimatorConfig:
     """Epochs on the final selector's paths, after the last stage. 0 is the paper, which ends on a selector phase."""
     full_share: float = 0.0
     """Later stages: share of each batch kept at the full path; equation 8's reason, held on to. 0 is the paper."""
+    full_epochs: int = 0
+    """First epochs of the first stage on the full path alone: sub-networks are cut late from a good start. 0 is the
+    paper."""
+    warmup_epochs: int = 0
+    """First epochs of the first stage in which the rate rises from 0: for large rates and batches. 0 is the paper."""
+    sandwich: bool = False
+    """Each step trains the full path on the labels, and one more path of each image (smallest, random or drawn) on
+    what the full path says: the sandwich rule with in-place distillation (Yu and Huang 2019). False is the paper."""
+    label_smoothing: float = 0.0
+    """Share of the label spread over all classes (Szegedy et al. 2016). 0 is the paper."""
+    rare_boost: float = 0.0
+    """Gradient of a channel that share p of the images run is multiplied by p**-this, at most 10: rarely chosen
+    channels have learned less. 1 is a mean over the images that ran it, 0 the paper's mean over all."""
+    ema: float = 0.0
+    """Decay of a running average of the weights over steps, on which each estimator phase ends, such as 0.997.
+    0: none, the paper."""
 
     def rules(self) -> list[Rule]:
         """Every field that has a range, with what holds."""
@@ -61,6 +79,11 @@ class EstimatorConfig:
             ("estimator.patience", e.patience, e.patience >= 0, "at least 0"),
             ("estimator.levels", e.levels, e.levels in ("sample", "argmax"), "sample or argmax"),
             ("estimator.settle_epochs", e.settle_epochs, e.settle_epochs >= 0, "at least 0"),
+            ("estimator.full_epochs", e.full_epochs, e.full_epochs >= 0, "at least 0"),
+            ("estimator.warmup_epochs", e.warmup_epochs, 0 <= e.warmup_epochs < e.first_epochs, "below first_epochs"),
+            ("estimator.label_smoothing", e.label_smoothing, 0 <= e.label_smoothing < 1, "at least 0 and below 1"),
+            ("estimator.rare_boost", e.rare_boost, 0 <= e.rare_boost <= 1, "between 0 and 1"),
+            ("estimator.ema", e.ema, 0 <= e.ema < 1, "at least 0 and below 1"),
             ("estimator.full_share", e.full_share, 0 <= e.full_share <= 1, "between 0 and 1"),
         ]
 
@@ -86,7 +109,21 @@ class SelectorConfig:
     epsilon_decay: float = 0.99
     """epsilon-greedy: at step t a path is uniform with probability epsilon_decay**t (the authors' code). 0: never."""
     baseline: Baseline = "none"
-    """none (the paper) or leave_one_out: the same expected gradient with less variance."""
+    """What is subtracted from the reward, for the same expected gradient with less variance: none (the paper), the mean
+    of the image's other paths (leave_one_out), that of its argmax path (self_critical, BlockDrop), or a moving_average
+    of past rewards."""
+    cost: Literal["sampled", "expected"] = "sampled"
+    """S(z) of the sampled paths (the paper), or its expectation, which is known exactly and has no variance."""
+    entropy: float = 0.0
+    """Weight of the mean entropy of a block's levels, added to what is sought: against early collapse (Williams 1992).
+    0 is the paper."""
+    gradient: Literal["policy", "gumbel"] = "policy"
+    """policy: equation 7. gumbel: one path, by straight-through Gumbel-softmax (Jang et al. 2017), whose gradient is
+    biased, but needs no sampling of rewards; each step runs every level of every block once."""
+    temperature: float = 5.0
+    """Of the Gumbel-softmax in the first epoch."""
+    temperature_end: float = 0.5
+    """Of the Gumbel-softmax in the last epoch; between them it falls by a constant factor."""
     split: Literal["train", "val"] = "train"
     """Images that it learns from: train, or val, held out from the estimator."""
 
@@ -104,6 +141,11 @@ class SelectorConfig:
             ("selector.paths", s.paths, s.paths >= 1, "at least 1"),
             ("selector.epsilon_decay", s.epsilon_decay, 0 <= s.epsilon_decay < 1, "at least 0 and below 1"),
             ("selector.baseline", s.baseline, s.baseline in BASELINES, f"one of {', '.join(BASELINES)}"),
+            ("selector.cost", s.cost, s.cost in ("sampled", "expected"), "sampled or expected"),
+            ("selector.entropy", s.entropy, s.entropy >= 0, "at least 0"),
+            ("selector.gradient", s.gradient, s.gradient in ("policy", "gumbel"), "policy or gumbel"),
+            ("selector.temperature", s.temperature, s.temperature > 0, "above 0"),
+            ("selector.temperature_end", s.temperature_end, s.temperature_end > 0, "above 0"),
             ("selector.split", s.split, s.split in ("train", "val"), "train or val"),
             ("selector.paths", s.paths, enough, "at least 2 with the leave_one_out baseline"),
         ]
@@ -128,6 +170,9 @@ class RunConfig:
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Run folder: config.json, metrics.jsonl, summary.json, checkpoint/. None (in Python alone): nothing is
     written."""
+    sync_bn: bool = True
+    """With several processes: batch norm over the whole batch, so that training is that of one process. False: over
+    each process's share, without waiting for the others."""
     resume: bool = False
     """Go on from the run folder's checkpoint, if it has one."""
     progress: bool = True
@@ -158,6 +203,18 @@ class TrainConfig(RunConfig):
     """Weight of the full path in the initial distribution, equation 8."""
     stages: int = 4
     """S of Algorithm 1."""
+    cost_unit: CostUnit = "parameters"
+    """What a path costs in S(z): share of each block's parameters, all blocks alike (the paper); share of the blocks'
+    FLOPs; or of their time, measured on this machine (kept in latency.json)."""
+    target_cost: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    """Mean cost of the chosen paths to be met: log rho rises while they cost more, and falls while they cost less (dual
+    ascent). None is the paper: rho as given."""
+    dual_rate: float = 0.05
+    """Change of log rho in a step, for each 1 of cost above the target or the budget."""
+    task_weights: Annotated[tuple[float, ...], tyro.conf.arg(metavar="FLOAT [FLOAT ...]")] = ()
+    """Weight of each task's loss; none: all 1, the paper."""
+    weighting: Literal["fixed", "uncertainty"] = "fixed"
+    """uncertainty: the weights of the estimator's losses are learned (Kendall et al. 2018). fixed is the paper."""
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
     """How the estimator is trained."""
     selector: SelectorConfig = field(default_factory=SelectorConfig)
@@ -168,8 +225,14 @@ class TrainConfig(RunConfig):
         return [*super().rules(), *self._own_rules(), *self.estimator.rules(), *self.selector.rules()]
 
     def _own_rules(self) -> list[Rule]:
+        target = self.target_cost
         return [
             ("rho", self.rho, self.rho >= 0, "at least 0"),
             ("tau", self.tau, 0 <= self.tau <= 1, "between 0 and 1"),
             ("stages", self.stages, self.stages >= 1, "at least 1"),
+            ("cost_unit", self.cost_unit, self.cost_unit in COST_UNITS, f"one of {', '.join(COST_UNITS)}"),
+            ("target_cost", target, target is None or 0 < target <= 1, "above 0 and at most 1"),
+            ("dual_rate", self.dual_rate, self.dual_rate > 0, "above 0"),
+            ("task_weights", self.task_weights, min(self.task_weights, default=1) > 0, "above 0 each"),
+            ("weighting", self.weighting, self.weighting in ("fixed", "uncertainty"), "fixed or uncertainty"),
         ]

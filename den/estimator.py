@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -193,16 +194,33 @@ class Estimator(nn.Module):
         """L, the number of levels of each block."""
         return self.hierarchy.num_levels
 
-    def forward(self, x: Tensor, level_NB: Tensor, task: str) -> Tensor:
-        """Logits of x [N, C, H, W] at integer levels [N, B], for a task's classes: [N, classes]."""
-        set_index = self.set_index[task]
+    @overload
+    def forward(self, x: Tensor, level_NB: Tensor, task: str, gate_NBL: Tensor | None = None) -> Tensor: ...
+    @overload
+    def forward(
+        self, x: Tensor, level_NB: Tensor, task: Sequence[str], gate_NBL: Tensor | None = None
+    ) -> tuple[Tensor, ...]: ...
+
+    def forward(self, x, level_NB, task, gate_NBL=None):
+        """Logits of x [N, C, H, W] at integer levels [N, B], for a task's classes: [N, classes].
+
+        task: a name; or several that share statistics, for a tuple of the logits that their heads give to one path.
+        gate_NBL: the same levels as one-hot rows through which a gradient is wanted, in evaluation mode; see `gated`.
+        """
+        tasks = (task,) if isinstance(task, str) else tuple(task)
+        set_index = self.set_index[tasks[0]]
         stride = stem_stride(x.shape[2], x.shape[3], self.base_size)
         if self.stem is not None:
             x = self.stem(x, stride, set_index)
         for index, (block, level_N) in enumerate(zip(self.blocks, level_NB.unbind(1), strict=True)):
             entry = (stride,) if index == 0 and self.stem is None else ()
-            x = block(x, level_N, set_index, *entry)
-        return self.heads[task](self.tail(x, set_index))
+            if gate_NBL is None:
+                x = block(x, level_N, set_index, *entry)
+            else:
+                x = gated(block, x, level_N, gate_NBL[:, index], set_index, *entry)
+        features = self.tail(x, set_index)
+        logits = tuple(self.heads[name](features) for name in tasks)
+        return logits[0] if isinstance(task, str) else logits
 
     def entry(self, height: int, width: int) -> tuple[int, int, tuple[int, int]]:
         """For an image of this size: stem stride, stem multiply-adds, size of the map that the first block reads."""
@@ -210,6 +228,20 @@ class Estimator(nn.Module):
         if self.stem is None:
             return stride, 0, (height, width)
         return stride, *self.stem.macs(height, width, stride)
+
+
+def gated(block: nn.Module, x: Tensor, level_N: Tensor, gate_NL: Tensor, *more: int) -> Tensor:
+    """A block's output at integer levels, with a gradient for gates: the sum over levels of gate * output there.
+
+    gate_NL: one-hot at level_N. The outputs at the other levels are constants, so that the input's gradient is that of
+    the path taken. In evaluation mode alone: in training those levels would move the statistics.
+    """
+    num_levels = gate_NL.shape[1]
+    out = block(x, level_N, *more)
+    with torch.no_grad():
+        every_N = torch.arange(num_levels, device=x.device).repeat_interleave(x.shape[0])
+        every_LN = block(x.repeat(num_levels, 1, 1, 1), every_N, *more).unflatten(0, (num_levels, -1))
+    return out + torch.einsum("nl,lnchw->nchw", gate_NL - gate_NL.detach(), every_LN.to(gate_NL.dtype)).to(out.dtype)
 
 
 def stem_stride(height: int, width: int, base_size: int | None) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -20,9 +20,10 @@ from torch.nn import functional as F
 import den_kernels as dk
 from den.blocks.base import Block
 from den.blocks.forms import FreezeOptions, fold, freeze_block, register_conv, register_folded, tables
+from den.budget import Budget
 from den.estimator import HiddenTail, PoolTail, Stem, Tail, stem_pool, stem_stride
-from den.model import DEN, DENOutput, LevelLike, check_images, check_level, check_task
-from den.selector import Selector, SelectorBlock, mask_levels, shrink
+from den.model import DEN, DENOutput, LevelLike, check_images, check_task, check_tasks, choose
+from den.selector import Selector, SelectorBlock, budget_of, read_head, shrink
 
 
 def freeze(model: DEN, dtype: torch.dtype | None = None, backend: str = "auto", *, winograd: bool = True) -> FrozenDEN:
@@ -89,25 +90,29 @@ class FrozenDEN(nn.Module):
             )
         return super()._apply(fn, recurse)
 
-    @torch.no_grad()
-    def forward(self, x: Tensor, task: str | None = None, level: LevelLike | None = None) -> DENOutput:
+    def forward(
+        self, x: Tensor, task: str | None = None, level: LevelLike | None = None, budget: Budget | None = None
+    ) -> DENOutput:
         """As `DEN.forward`; x may be of any floating-point dtype and layout (channels_last saves a copy)."""
         task = check_task(task, self.tasks)
+        return self.forward_tasks(x, (task,), level, budget)[task]
+
+    @torch.no_grad()
+    def forward_tasks(
+        self, x: Tensor, tasks: Sequence[str], level: LevelLike | None = None, budget: Budget | None = None
+    ) -> dict[str, DENOutput]:
+        """As `DEN.forward_tasks`."""
+        check_tasks(tasks, self.tasks, self.set_index)
         check_images(x, self.in_channels, self.device, "this model was frozen for")
-        set_index = self.set_index[task]
+        set_index = self.set_index[tasks[0]]
         x = x.to(self.dtype, memory_format=torch.channels_last)
-        if level is None:
-            level_probs = self.selector(x).float().softmax(2)
-            level_NB = level_probs.argmax(2)
-        else:
-            level_probs = None
-            level_NB = check_level(level, x, self.num_blocks, self.num_levels)
+        level_NB, level_probs = choose(self.selector, x, level, budget, self.num_blocks, self.num_levels)
         plan = dk.plan_levels(level_NB, self.num_levels)
         stride = stem_stride(x.shape[2], x.shape[3], self.base_size)
         h = x if self.stem is None else self.stem(x, stride, set_index)
         entry = stride if self.stem is None else 1
-        h = self.trunk(h, plan, set_index, entry)
-        return DENOutput(self.heads[task](self.tail(h, set_index)), level_NB, level_probs)
+        features = self.tail(self.trunk(h, plan, set_index, entry), set_index)
+        return {task: DENOutput(self.heads[task](features), level_NB, level_probs) for task in tasks}
 
 
 class Trunk:
@@ -223,10 +228,14 @@ class FrozenSelector(nn.Module):
         self.blocks = nn.ModuleList(_freeze_selector_block(block, options) for block in blocks)
         self.trunk = Trunk(self.blocks)
         self.head = copy.deepcopy(selector.head).to(dtype).requires_grad_(False)
+        self.condition = (
+            copy.deepcopy(selector.condition).to(dtype).requires_grad_(False) if selector.condition else None
+        )
         self.register_buffer("level_mask", None if selector.level_mask is None else selector.level_mask.clone())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits [N, B, L] of images x [N, C, H, W]."""
+    def forward(self, x: Tensor, budget: Budget | None = None) -> Tensor:
+        """Logits [N, B, L] of images x [N, C, H, W]; see `Selector.forward`."""
+        budget_N = budget_of(self.condition, budget, x)
         x, stride = shrink(x, self.spec)
         weight, bias = self.conv
         h = F.conv2d(x, weight, bias, stride, 1).relu_()
@@ -236,7 +245,7 @@ class FrozenSelector(nn.Module):
         order_BN = torch.arange(n, dtype=torch.int32, device=h.device).repeat(blocks, 1)
         count_BL = torch.full((blocks, 1), n, dtype=torch.int32, device=h.device)
         h = self.trunk(h, dk.LevelPlan(level_BN, order_BN, count_BL), 0)
-        return mask_levels(self.head(h.mean((2, 3))), self.num_blocks, self.level_mask)
+        return read_head(self.head, self.condition, h.mean((2, 3)), budget_N, self.num_blocks, self.level_mask)
 
 
 def _freeze_selector_block(block: SelectorBlock, options: FreezeOptions) -> dk.FusedResidualBlock:

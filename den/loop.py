@@ -20,7 +20,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -31,6 +31,7 @@ from den.config import RunConfig
 from den.data import Batches
 from den.run_folder import RunFolder
 from den.tasks import Task
+from den_kernels import sync_batch_norm
 
 Network = TypeVar("Network", bound=nn.Module)
 PROGRESS = 1e-3  # what counts as one, of the loss that a phase watches
@@ -82,7 +83,7 @@ class Means:
     def read(self, fabric: Fabric) -> dict[str, float]:
         """The means over all steps and processes."""
         mean_V = torch.stack([torch.stack(values).to(fabric.device).mean() for values in self._values.values()])
-        fabric.all_reduce(mean_V, reduce_op="mean")  # in place
+        mean_V = cast(Tensor, fabric.all_reduce(mean_V, reduce_op="mean"))
         return {name: round(value, 6) for name, value in zip(self._values, mean_V.tolist(), strict=True)}
 
 
@@ -179,19 +180,33 @@ class Loop:
         self.model = model.to(self.device)
         self.extra = {name: module.to(self.device) for name, module in (extra or {}).items()}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
-        self.generator = torch.Generator().manual_seed(config.seed + 7919 * self.fabric.global_rank)
+        self.generator = torch.Generator().manual_seed(config.seed)
         self._batches: dict[str, dict[str, Batches]] = {}  # split, task
+        self._opened = False
         self.position = Position()
         self.folder = None if config.out is None else RunFolder(config.out)
 
     def setup(self, name: str, module: Network, optimizer: torch.optim.Optimizer) -> Network:
         """The module as a step is to call it (in the run's precision, gradients averaged over processes)."""
+        if self.fabric.world_size > 1 and self.config.sync_bn:
+            sync_batch_norm(module)
         module, self.optimizers[name] = self.fabric.setup(module, optimizer)
         return module
 
     def steps(self, name: str) -> int:
         """Steps done in phases of this name."""
         return self.position.steps.get(name, 0)
+
+    def of_all(self, values: Tensor) -> Tensor:
+        """Rows [N, ...] of every process, in the order that one process would have them: [processes * N, ...]."""
+        if self.fabric.world_size == 1:
+            return values
+        return cast(Tensor, self.fabric.all_gather(values)).transpose(0, 1).flatten(0, 1)
+
+    def mine(self, values: Tensor, dim: int = 0) -> Tensor:
+        """This process's rows of what was drawn for all of them, so that several draw what one would."""
+        world = self.fabric.world_size
+        return values if world == 1 else values.unflatten(dim, (-1, world)).select(dim + 1, self.fabric.global_rank)
 
     def run(self, phases: Sequence[Phase]) -> None:
         """Run the phases from the first, or from where the run folder's checkpoint stands.
@@ -200,7 +215,9 @@ class Loop:
         """
         for phase in phases:
             self._prepare_batches(phase)
-        self._open_folder()
+        self.open()
+        if self.config.resume and self.folder is not None and self.folder.has_checkpoint:
+            self._restore(self.folder)
         position = self.position
         while position.phase < len(phases):
             phase = phases[position.phase]
@@ -303,15 +320,20 @@ class Loop:
         model = getattr(self.model, "config", {"name": type(self.model).__name__})
         return {"train": train, "model": model, "about": self.about, **self.meta}
 
-    def _open_folder(self) -> None:
-        if self.folder is None:
+    def open(self) -> None:
+        """Make the run folder, if there is to be one; `run` does it too. Raises as `RunFolder.prepare`."""
+        if self.folder is None or self._opened:
             return
-        resume = self.config.resume
+        error: Exception | None = None
         if self.fabric.is_global_zero:
-            self.folder.prepare(self._describe(), resume=resume)
-        self.fabric.barrier()
-        if resume and self.folder.has_checkpoint:
-            self._restore(self.folder)
+            try:
+                self.folder.prepare(self._describe(), resume=self.config.resume)
+            except (OSError, ValueError) as refused:
+                error = refused
+        error = self.fabric.broadcast(error)  # so that no process waits for one that gave up
+        if error is not None:
+            raise error
+        self._opened = True
 
     def _log(self, record: dict[str, Any]) -> None:
         if self.folder is not None and self.fabric.is_global_zero:

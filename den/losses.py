@@ -51,22 +51,55 @@ def sample_levels(
     return torch.where(explore, uniform, drawn).to(logits_NBL.device)
 
 
-def advantage(reward_KN: Tensor, baseline: str) -> Tensor:
-    """R(z; x, y, t) of equation 6 less a baseline that does not depend on z.
+def expected_square_cost(logits_NBL: Tensor, ratio_BL: Tensor) -> Tensor:
+    """E[(mean over blocks of d_i(l_i))^2] over paths drawn from the selector, [N]: the expectation of equation 5 / rho.
 
-    "none" is the paper. "leave_one_out" subtracts the mean of the sample's other K - 1 paths: the same expected
-    gradient with far less variance, since most of R is how hard the image is, not which path it took. K is at least 2.
+    The blocks' costs are independent, with means mu_i and variances v_i: (mean mu_i)^2 + sum v_i / B^2.
     """
-    if baseline == "none":
-        return reward_KN
-    if baseline != "leave_one_out":
-        raise ValueError(f"baseline is {baseline!r}; it must be 'none' or 'leave_one_out'")
+    C = logits_NBL.softmax(-1)
+    mean_NB = (C * ratio_BL).sum(-1)
+    variance_NB = (C * ratio_BL.square()).sum(-1) - mean_NB.square()
+    return mean_NB.mean(-1).square() + variance_NB.sum(-1) / ratio_BL.shape[0] ** 2
+
+
+def entropy(logits_NBL: Tensor) -> Tensor:
+    """Entropy of a block's levels in nats, mean over blocks: [N]."""
+    log_C = logits_NBL.log_softmax(-1)
+    return -(log_C.exp() * log_C).sum(-1).mean(-1)
+
+
+def leave_one_out(reward_KN: Tensor) -> Tensor:
+    """R(z; x, y, t) of equation 6 less the mean of the sample's other K - 1 paths.
+
+    The same expected gradient with far less variance, since most of R is how hard the image is, not which path it took
+    (Kool et al. 2019). Raises ValueError for K = 1.
+    """
     k = reward_KN.shape[0]
     if k < 2:
-        raise ValueError(f"baseline is 'leave_one_out' with {k} sampled path; it needs at least 2")
+        raise ValueError(f"leave_one_out has {k} sampled path; it needs at least 2")
     return (reward_KN - reward_KN.mean(0)) * (k / (k - 1))
 
 
 def selector_loss(logits_NBL: Tensor, level_KNB: Tensor, advantage_KN: Tensor) -> Tensor:
-    """A scalar whose gradient is equation 7: the mean over samples and paths of R * grad log P(z; x)."""
+    """A scalar whose gradient is equation 7: the mean over samples and paths of R * grad log P(z; x).
+
+    advantage_KN: R, perhaps less a baseline that does not depend on the path.
+    """
     return (advantage_KN.detach() * log_prob(logits_NBL, level_KNB)).mean()
+
+
+def gumbel_gates(logits_NBL: Tensor, temperature: float, uniform_NBL: Tensor) -> Tensor:
+    """One-hot levels [N, B, L] drawn from the selector, with the gradient of the softmax at this temperature.
+
+    Straight-through Gumbel-softmax (Jang et al. 2017). uniform_NBL: random numbers in [0, 1).
+    """
+    tiny = torch.finfo(uniform_NBL.dtype).tiny
+    noise = -(-uniform_NBL.clamp(min=tiny).log()).clamp(min=tiny).log()
+    soft = ((logits_NBL + noise) / temperature).softmax(-1)
+    hard = F.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft.dtype)
+    return hard + (soft - soft.detach())
+
+
+def soft_cross_entropy(logits_NC: Tensor, target_NC: Tensor) -> Tensor:
+    """Cross-entropy to another network's logits, whose gradient is stopped: the distillation term, a mean over N."""
+    return -(target_NC.detach().softmax(-1) * logits_NC.log_softmax(-1)).sum(-1).mean()

@@ -6,6 +6,7 @@ Suffixes: N samples, C channels, H W space, B blocks, L levels.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 
 from den import backbones
 from den.blocks import BN_KINDS
+from den.budget import Budget
 from den.estimator import Estimator, EstimatorOptions
-from den.flops import full_macs
+from den.flops import cost_ratios, full_macs
 from den.hierarchy import Hierarchy
-from den.selector import Selector, SelectorSpec, light_spec
+from den.selector import Selector, SelectorSpec, budget_of, light_spec
 
 TASK_NORMS = ("shared", "per_task")
 LevelLike = Tensor | Sequence[int]
@@ -61,7 +63,14 @@ class DEN(nn.Module):
         """L, the number of levels of each block."""
         return self.estimator.num_levels
 
-    def forward(self, x: Tensor, task: str | None = None, level: LevelLike | None = None) -> DENOutput:
+    @property
+    def takes_budget(self) -> bool:
+        """Whether the selector is told the wanted mean cost."""
+        return getattr(self.selector, "condition", None) is not None
+
+    def forward(
+        self, x: Tensor, task: str | None = None, level: LevelLike | None = None, budget: Budget | None = None
+    ) -> DENOutput:
         """Classify images for one task.
 
         Args:
@@ -71,6 +80,8 @@ class DEN(nn.Module):
                 choice).
                 Else the caller does: integers [N, B], or [B] for every sample alike; the selector does not
                     run.
+            budget: for a model made with one: the mean cost that the selector is to keep to, in (0, 1], a number or
+                [N]; None: the model's own. Meaningless beside a level.
 
         Returns: a `DENOutput`.
 
@@ -80,14 +91,34 @@ class DEN(nn.Module):
                 to it.
         """
         task = check_task(task, self.tasks)
+        return self.forward_tasks(x, (task,), level, budget)[task]
+
+    def forward_tasks(
+        self, x: Tensor, tasks: Sequence[str], level: LevelLike | None = None, budget: Budget | None = None
+    ) -> dict[str, DENOutput]:
+        """Classify images for several tasks at once, on one path each (scenario M3): an output by task.
+
+        tasks: keys of `model.tasks` that share statistics. The rest, and what is raised, as `forward`.
+        """
+        check_tasks(tasks, self.tasks, self.estimator.set_index)
         check_images(x, self.estimator.in_channels, self.estimator.device)
-        if level is None:
-            level_probs = self.selector(x).softmax(2)
-            level_NB = level_probs.argmax(2)
-        else:
-            level_probs = None
-            level_NB = check_level(level, x, self.num_blocks, self.num_levels)
-        return DENOutput(self.estimator(x, level_NB, task), level_NB, level_probs)
+        level_NB, level_probs = choose(self.selector, x, level, budget, self.num_blocks, self.num_levels)
+        logits = self.estimator(x, level_NB, tuple(tasks))
+        return {task: DENOutput(l, level_NB, level_probs) for task, l in zip(tasks, logits, strict=True)}
+
+
+def choose(
+    selector: nn.Module, x: Tensor, level: LevelLike | None, budget: Budget | None, num_blocks: int, num_levels: int
+) -> tuple[Tensor, Tensor | None]:
+    """Levels [N, B] and, where the selector decides, its probabilities [N, B, L]; see `DEN.forward`."""
+    if level is not None:
+        if budget is not None:
+            raise ValueError("level and budget are both given; a budget is for the selector, which a level stands for")
+        return check_level(level, x, num_blocks, num_levels), None
+    if budget is not None and getattr(selector, "condition", None) is None:
+        budget_of(None, budget, x)
+    level_probs = (selector(x) if budget is None else selector(x, budget)).float().softmax(2)
+    return level_probs.argmax(2), level_probs
 
 
 def create_model(
@@ -100,6 +131,7 @@ def create_model(
     *,
     task_norm: str = "shared",
     base_size: int | str | None = "default",
+    budget: float | None = None,
     backend: str = "auto",
     **family: Any,
 ) -> DEN:
@@ -119,6 +151,8 @@ def create_model(
         task_norm: "shared" or "per_task": batch norm with one set of statistics, or one a task.
         base_size: image size that the network is made for; larger images enter through a stem stride of
             `min(H, W) // base_size`. None: stride 1 always. Default: the family's, 32 for residual networks.
+        budget: None; or the selector is told the mean cost that it is to keep to, in (0, 1], so that one model serves
+            every budget (`model(x, budget=0.4)`), and this is the one where none is given.
         backend: of `den_kernels`; how the model runs here, not part of `model.config`.
         family: arguments of the backbone's own, such as image_size of simple_conv_net.
 
@@ -138,7 +172,7 @@ def create_model(
     hierarchy = Hierarchy(found.ratios if ratios is None else ratios)
     options = EstimatorOptions(tasks, hierarchy, in_channels, bn, task_norm, base, backend)  # type: ignore[arg-type]
     estimator = found.build(options, *numbers, **family)
-    chooser, chosen = _build_selector(selector, estimator)
+    chooser, chosen = _build_selector(selector, estimator, budget)
     config = {
         "name": name,
         "tasks": dict(tasks),
@@ -154,10 +188,12 @@ def create_model(
 
 
 def _build_selector(
-    selector: str | Mapping[str, Any] | nn.Module, estimator: Estimator
+    selector: str | Mapping[str, Any] | nn.Module, estimator: Estimator, budget: float | None
 ) -> tuple[nn.Module, dict[str, Any] | str]:
     """The selector and how the config describes it; a module of the caller's is "custom"."""
     if isinstance(selector, nn.Module):
+        if budget is not None:
+            raise ValueError(f"budget is {budget}, but selector is a module of the caller's own, which takes none")
         return selector, "custom"
     # Selectors are small-image networks: 32 also where the estimator is made for larger images.
     base = None if estimator.base_size is None else min(estimator.base_size, 32)
@@ -167,7 +203,6 @@ def _build_selector(
             raise ValueError(f"selector has {sorted(set(selector) - known)}; its fields are {', '.join(sorted(known))}")
         fields = {"base_size": base, **selector}
         spec = SelectorSpec(**{**fields, "widths": tuple(fields.get("widths", SelectorSpec.widths))})
-        _check_spec(spec)
     elif selector == "paper":
         spec = SelectorSpec(base_size=base)
     elif selector == "light":
@@ -181,7 +216,10 @@ def _build_selector(
         raise ValueError(
             f"selector is {selector!r}; it must be 'paper', 'light', the fields of a SelectorSpec or an nn.Module"
         )
-    module = Selector(estimator.num_blocks, estimator.num_levels, estimator.in_channels, spec)
+    spec = spec if budget is None else replace(spec, budget=budget)
+    _check_spec(spec)
+    table_BL = None if spec.budget is None else cost_ratios(estimator)
+    module = Selector(estimator.num_blocks, estimator.num_levels, estimator.in_channels, spec, cost_BL=table_BL)
     return module, spec.asdict()
 
 
@@ -196,6 +234,8 @@ def _check_spec(spec: SelectorSpec) -> None:
     _check_positive("selector's pool", spec.pool)
     if spec.base_size is not None:
         _check_positive("selector's base_size", spec.base_size)
+    if spec.budget is not None and not (isinstance(spec.budget, (int, float)) and 0 < spec.budget <= 1):
+        raise ValueError(f"budget is {spec.budget!r}; it must be a number above 0 and at most 1")
 
 
 def _check_keywords(name: str, given: Mapping[str, Any], known: tuple[str, ...]) -> None:
@@ -239,6 +279,16 @@ def check_task(task: str | None, tasks: Mapping[str, int]) -> str:
     if task not in tasks:
         raise ValueError(f"task is {task!r}; it must be one of {', '.join(map(repr, tasks))}")
     return task  # type: ignore[return-value]
+
+
+def check_tasks(tasks: Sequence[str], known: Mapping[str, int], set_index: Mapping[str, int]) -> None:
+    """Raise ValueError unless tasks names some of those there are, which share statistics."""
+    if not tasks:
+        raise ValueError("tasks is empty; it must name at least one task")
+    for task in tasks:
+        check_task(task, known)
+    if len({set_index[task] for task in tasks}) > 1:
+        raise ValueError(f"tasks {tuple(tasks)} have statistics of their own, so that no path serves them together")
 
 
 def check_images(x: Any, in_channels: int, device: torch.device, whose: str = "the model is on") -> None:

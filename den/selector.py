@@ -6,13 +6,14 @@ Suffixes: N samples, C channels, H W space, B blocks, L levels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from den.blocks import conv_out, shortcut
+from den.budget import Budget, Conditioning, check_budget
 from den.estimator import stem_stride, xavier
 
 MASKED = -1e4  # logit of a level that a block lacks: probability exactly 0 in float32, finite in float16
@@ -26,12 +27,14 @@ class SelectorSpec:
     blocks_per_stage: basic residual blocks in each.
     pool: the image is first average-pooled by this factor (beyond what brings it to base_size).
     base_size: as the estimator's.
+    budget: None; or the selector is told the wanted mean cost, and this is the one where none is given.
     """
 
     widths: tuple[int, ...] = (16, 32, 64)
     blocks_per_stage: int = 4
     pool: int = 1
     base_size: int | None = 32
+    budget: float | None = None
 
     def macs(self, in_channels: int, height: int, width: int) -> int:
         """Multiply-adds of its convolutions for one image."""
@@ -63,7 +66,7 @@ LIGHT_SHARE = 0.03
 def light_spec(in_channels: int, estimator_macs: int, image_size: int, base_size: int | None) -> SelectorSpec:
     """The largest selector of `LIGHT` that costs at most 3% of the estimator; the smallest if none is that cheap."""
     for light in LIGHT:
-        spec = SelectorSpec(light.widths, light.blocks_per_stage, light.pool, base_size)
+        spec = replace(light, base_size=base_size)
         if spec.macs(in_channels, image_size, image_size) <= LIGHT_SHARE * estimator_macs:
             break
     return spec
@@ -99,9 +102,11 @@ class Selector(nn.Module):
         spec: the shape.
         level_counts: number of levels of each block where some have fewer than L: the missing ones are
             masked.
+        cost_BL: of each level, for a selector with a budget.
     """
 
     level_mask: Tensor | None
+    condition: Conditioning | None
 
     def __init__(
         self,
@@ -110,6 +115,7 @@ class Selector(nn.Module):
         in_channels: int = 3,
         spec: SelectorSpec | None = None,
         level_counts: Sequence[int] | None = None,
+        cost_BL: Tensor | None = None,
     ):
         super().__init__()
         self.num_blocks, self.num_levels = num_blocks, num_levels
@@ -128,15 +134,52 @@ class Selector(nn.Module):
         if level_counts is not None and min(level_counts) < num_levels:
             mask = torch.arange(num_levels) >= torch.tensor(list(level_counts))[:, None]
         self.register_buffer("level_mask", mask, persistent=False)
+        self.condition = None
+        if spec.budget is not None:
+            if cost_BL is None:
+                raise ValueError("cost_BL is missing; a selector with a budget needs the cost of each level")
+            self.condition = Conditioning(channels, cost_BL, spec.budget)
         self.apply(xavier)
+        if self.condition is not None:
+            self.condition.neutral()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits [N, B, L] of images x [N, C, H, W]; `softmax` over L is C(x), the columns of equation 3."""
+    def forward(self, x: Tensor, budget: Budget | None = None) -> Tensor:
+        """Logits [N, B, L] of images x [N, C, H, W]; `softmax` over L is C(x), the columns of equation 3.
+
+        budget: the wanted mean cost, a number or [N], where the selector was made for one.
+        """
+        budget_N = budget_of(self.condition, budget, x)
         x, stride = shrink(x, self.spec)
         x = F.relu(self.norm(F.conv2d(x, self.conv.weight, None, stride, 1)))
         for block in self.blocks:
             x = block(x)
-        return mask_levels(self.head(x.mean((2, 3))), self.num_blocks, self.level_mask)
+        return read_head(self.head, self.condition, x.mean((2, 3)), budget_N, self.num_blocks, self.level_mask)
+
+
+def budget_of(condition: Conditioning | None, budget: Budget | None, x: Tensor) -> Tensor | None:
+    """The budget of each image, [N], its default if none is given; None for a selector that takes none."""
+    if condition is None:
+        if budget is not None:
+            raise ValueError(
+                f"budget is {budget}, but this model's selector was made without one; create the model with budget=..."
+            )
+        return None
+    return check_budget(condition.default if budget is None else budget, x)
+
+
+def read_head(
+    head: nn.Module,
+    condition: Conditioning | None,
+    features_NC: Tensor,
+    budget_N: Tensor | None,
+    num_blocks: int,
+    mask_BL: Tensor | None,
+) -> Tensor:
+    """Logits [N, B, L] of pooled features."""
+    if condition is None or budget_N is None:
+        return mask_levels(head(features_NC), num_blocks, mask_BL)
+    logits = head(condition.features(features_NC, budget_N)).unflatten(1, (num_blocks, -1))
+    return mask_levels(condition.priced(logits, budget_N).flatten(1), num_blocks, mask_BL)
 
 
 def shrink(x: Tensor, spec: SelectorSpec) -> tuple[Tensor, int]:

@@ -25,6 +25,8 @@ class Task:
     name: the key of its head in a model.
     train, test: image sets of one shape and the same classes.
     val: images held out of train, for the selector or for calibration; None: none.
+    joint: a name that tasks share which label the same images in the same order, such as coarse and fine classes: in
+        training each image then takes one path, which all their heads read (scenario M3). None: by itself.
     mean, std: of each channel of the training images, in units of full scale (255 is 1).
     augment: for training batches; None: none.
     """
@@ -36,6 +38,7 @@ class Task:
     std: tuple[float, ...]
     augment: Augment | None = None
     val: Images | None = None
+    joint: str | None = None
 
     def __post_init__(self) -> None:
         for split, images in (("test", self.test), ("val", self.val)):

@@ -1,36 +1,40 @@
 """Algorithm 1 of the paper: estimator and selector trained in turn, stage by stage.
 
-N samples, B blocks, L levels, K sampled paths.
+`train_estimator` and `train_selector` hold the steps, `loop` what is common to all training.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+from den.budget import Conditioning
 from den.config import EstimatorConfig, SelectorConfig, TrainConfig
-from den.flops import cost_ratios
+from den.costs import cost_table, measure
 from den.freeze import freeze
-from den.loop import Batch, Loop, Means, Phase, Rate
-from den.losses import advantage, initial_levels, path_cost, sample_levels, selector_loss
+from den.joint import TaskLoss, check_joint
+from den.loop import Loop, Phase, Rate
 from den.metrics import evaluate
 from den.model import DEN
 from den.tasks import Task
+from den.train_estimator import EstimatorTraining
+from den.train_selector import SelectorTraining
 
 __all__ = ["EstimatorConfig", "SelectorConfig", "TrainConfig", "Trainer"]
+
+WEIGHTING_RATE = 0.01  # of learned task weights: some hundred steps to follow a loss
 
 
 class Trainer:
     """Trains a DEN on one or several tasks.
 
     Args:
-        model: its tasks and classes must be those of `tasks`.
-        tasks: every step takes a batch of each.
+        model: its tasks and classes must be those of `tasks`. One made with a budget is trained for all of them.
+        tasks: every step takes a batch of each. Tasks of the same `joint` name share one path for each image.
         config: see `TrainConfig`; the defaults are the paper's, and the authors' code where that is silent.
         source: what JSON can hold about where each task's images came from, kept in config.json and the checkpoint.
         about: what JSON can hold about the experiment, kept in config.json: scenario, scale, method, policy, row, seed.
@@ -51,32 +55,38 @@ class Trainer:
     ) -> None:
         self.config = config = TrainConfig() if config is None else config
         config.check()
-        found = {task.name: task.num_classes for task in tasks}
-        if found != model.tasks:
-            raise ValueError(f"tasks are {found} (classes each), but the model was made for {model.tasks}")
-        if config.selector.split == "val" and any(task.val is None for task in tasks):
-            raise ValueError("selector.split is 'val', but a task holds nothing out; load it with val_fraction above 0")
+        _check(model, tasks, config)
         self.model = model
-        self.loop = Loop(model, tasks, config, source=source, about=about, on_epoch=on_epoch)
-        self.ratio_BL = cost_ratios(model).to(self.loop.device)
+        self.loop = loop = Loop(model, tasks, config, source=source, about=about, on_epoch=on_epoch)
         e = config.estimator
         sgd = torch.optim.SGD(
             model.estimator.parameters(), e.lr, e.momentum, weight_decay=e.weight_decay, nesterov=e.momentum > 0
         )
         adam = torch.optim.Adam(model.selector.parameters(), config.selector.lr)
-        self.estimator = self.loop.setup("estimator", model.estimator, sgd)
-        self.selector = self.loop.setup("selector", model.selector, adam)
+        estimator = loop.setup("estimator", model.estimator, sgd)
+        selector = loop.setup("selector", model.selector, adam)
+        weights = dict(zip(model.tasks, config.task_weights or [1.0] * len(model.tasks), strict=True))
+        fixed = weighting = TaskLoss(weights, False)
+        if config.weighting == "uncertainty":
+            weighting = TaskLoss(weights, True).to(loop.device)
+            loop.extra["weighting"] = weighting
+            weighting = loop.setup("weighting", weighting, torch.optim.SGD(weighting.parameters(), WEIGHTING_RATE))
+        self.estimating = EstimatorTraining(loop, model, config, estimator, selector, weighting)
+        self.selecting = SelectorTraining(loop, model, config, selector, fixed)
 
     def fit(self) -> dict[str, Any]:
         """Train to the end and return the summary, which is also the run folder's summary.json.
 
         The summary holds, for each task, what the selector, a random selector and the full path do on the test images.
         """
-        self.loop.run(self.phases())
-        summary = self._summary()
-        if self.loop.folder is not None and self.loop.fabric.is_global_zero:
-            self.loop.folder.write_json("summary.json", summary)
-        return summary
+        loop = self.loop
+        loop.open()
+        self._set_costs()
+        loop.run(self.phases())
+        summary = self._summary() if loop.fabric.is_global_zero else {}
+        if loop.folder is not None and loop.fabric.is_global_zero:
+            loop.folder.write_json("summary.json", summary)
+        return cast(dict[str, Any], loop.fabric.broadcast(summary))
 
     def phases(self) -> list[Phase]:
         """Algorithm 1: in each stage an estimator phase and a selector phase; perhaps one more of the estimator's, in
@@ -86,26 +96,33 @@ class Trainer:
         return [*phases, self._estimator_phase(len(stages))] if self.config.estimator.settle_epochs else phases
 
     def _estimator_phase(self, stage: int) -> Phase:
-        settings = self.config.estimator
+        settings, work = self.config.estimator, self.estimating
         settling = stage == self.config.stages
         epochs = settings.settle_epochs if settling else settings.epochs if stage else settings.first_epochs
+        warmup = 0.0 if stage else settings.warmup_epochs / epochs
+        rates = {"estimator": _rate(settings, stage, warmup)}
+        if self.config.weighting == "uncertainty":
+            rates["weighting"] = Rate(WEIGHTING_RATE)
         name = "settling" if settling else f"stage {stage + 1}/{self.config.stages}"
         return Phase(
             "estimator",
-            partial(self._estimator_step, stage),
-            {"estimator": _rate(settings, stage)},
+            partial(work.step, stage),
+            rates,
             epochs,
             stage,
             f"{name}, estimator",
             patience=settings.patience,
-            begin=self._begin_estimator,
+            begin=work.begin,
+            before_update=work.before_update,
+            after_update=work.after_update,
+            end=work.end,
         )
 
     def _selector_phase(self, stage: int) -> Phase:
-        settings = self.config.selector
+        settings, work = self.config.selector, self.selecting
         return Phase(
             "selector",
-            self._selector_step,
+            partial(work.step, stage),
             {"selector": _rate(settings, stage)},
             settings.epochs,
             stage,
@@ -113,67 +130,35 @@ class Trainer:
             split=settings.split,
             patience=settings.patience,
             watch="reward",
-            begin=self._begin_selector,
+            begin=work.begin,
+            end=work.end,
         )
 
-    def _begin_estimator(self) -> None:
-        self.estimator.train()
-        self.selector.eval()
+    def _set_costs(self) -> None:
+        """The cost tables of S(z), by task; times are measured once a run, by one process."""
+        unit, ms = self.config.cost_unit, {}
+        if unit == "latency":
+            ms = self._measured()["ms"]
+        tables = {}
+        for task in self.loop.tasks:
+            ms_BL = torch.tensor(ms[task.name]) if ms else None
+            tables[task.name] = cost_table(self.model, unit, task.image_size, ms_BL).to(self.loop.device)
+        self.estimating.tables = self.selecting.tables = tables
+        if self.model.takes_budget:
+            mean_BL = torch.stack(list(tables.values())).mean(0)  # one selector serves all tasks
+            cast(Conditioning, self.model.selector.condition).cost_BL.copy_(mean_BL)
 
-    def _estimator_step(self, stage: int, batches: list[Batch], means: Means) -> Tensor:
-        losses = []
-        for task, x, y in batches:
-            level_NB = self._draw(stage, x)
-            logits = self.estimator(x, level_NB, task.name)
-            losses.append(F.cross_entropy(logits, y))
-            means.add("accuracy", 100 * (logits.argmax(1) == y).float().mean())
-            means.add("cost", path_cost(level_NB, self.ratio_BL).mean())
-        return torch.stack(losses).mean()
-
-    @torch.no_grad()
-    def _draw(self, stage: int, x: Tensor) -> Tensor:
-        """z [N, B] from p: equation 8 in the first stage, the selector afterwards."""
-        settings, generator = self.config.estimator, self.loop.generator
-        shape = (len(x), self.model.num_blocks, self.model.num_levels)
-        if stage == 0:
-            return initial_levels(*shape, self.config.tau, generator).to(x.device)
-        logits = self.selector(x)
-        level_NB = logits.argmax(2) if settings.levels == "argmax" else sample_levels(logits, 1, 0.0, generator)[0]
-        if settings.full_share:
-            keep = torch.rand((len(x), 1), generator=generator) < settings.full_share
-            level_NB = torch.where(keep.to(x.device), self.model.num_levels - 1, level_NB)
-        return level_NB
-
-    def _begin_selector(self) -> None:
-        self.selector.train()
-        self.estimator.eval()
-        # The estimator does not change in this phase, so its fast form gives the rewards.
-        self.frozen = freeze(self.model)
-
-    def _selector_step(self, batches: list[Batch], means: Means) -> Tensor:
-        settings = self.config.selector
-        epsilon = settings.epsilon_decay ** (self.loop.steps("selector") + 1)
-        losses = []
-        for task, x, y in batches:
-            logits = self.selector(x)
-            level_KNB = sample_levels(logits, settings.paths, epsilon, self.loop.generator)
-            task_loss_KN = self._task_loss(task.name, x, y, level_KNB)
-            cost_KN = path_cost(level_KNB, self.ratio_BL)
-            reward_KN = task_loss_KN + self.config.rho * cost_KN.square()
-            losses.append(selector_loss(logits, level_KNB, advantage(reward_KN, settings.baseline)))
-            log_C = logits.detach().log_softmax(2)
-            means.add("reward", reward_KN.mean())
-            means.add("cost", path_cost(logits.detach().argmax(2), self.ratio_BL).mean())
-            means.add("entropy", -(log_C.exp() * log_C).sum(2).mean())
-        means.add("epsilon", epsilon)
-        return torch.stack(losses).mean()
-
-    @torch.no_grad()
-    def _task_loss(self, task: str, x: Tensor, y: Tensor, level_KNB: Tensor) -> Tensor:
-        """Cross-entropy [K, N] of each image on each of its sampled paths."""
-        k, n, _ = level_KNB.shape
-        out = self.frozen(x.repeat(k, 1, 1, 1), task=task, level=level_KNB.flatten(0, 1))
-        return F.cross_entropy(out.logits.float(), y.repeat(k), reduction="none").view(k, n)
+    def _measured(self) -> dict[str, Any]:
+        loop, found = self.loop, None
+        if loop.fabric.is_global_zero:
+            path = None if loop.folder is None else loop.folder.path / "latency.json"
+            if path is not None and path.exists():
+                found = json.loads(path.read_text())
+            else:
+                found = measure(self.model, loop.tasks)
+                if loop.folder is not None:
+                    loop.folder.write_json("latency.json", found)
+        return cast(dict[str, Any], loop.fabric.broadcast(found))
 
     def _summary(self) -> dict[str, Any]:
         frozen = freeze(self.model)
@@ -186,6 +171,20 @@ class Trainer:
         }
 
 
-def _rate(settings: EstimatorConfig | SelectorConfig, stage: int) -> Rate:
+def _rate(settings: EstimatorConfig | SelectorConfig, stage: int, warmup: float = 0.0) -> Rate:
     """The rate of a stage: a factor less than in the one before, at most so many times."""
-    return Rate(settings.lr * settings.decay ** min(stage, settings.decays), settings.schedule)
+    return Rate(settings.lr * settings.decay ** min(stage, settings.decays), settings.schedule, warmup)
+
+
+def _check(model: DEN, tasks: Sequence[Task], config: TrainConfig) -> None:
+    """Raise ValueError unless model, tasks and configuration fit together."""
+    found = {task.name: task.num_classes for task in tasks}
+    if found != model.tasks:
+        raise ValueError(f"tasks are {found} (classes each), but the model was made for {model.tasks}")
+    if config.selector.split == "val" and any(task.val is None for task in tasks):
+        raise ValueError("selector.split is 'val', but a task holds nothing out; load it with val_fraction above 0")
+    if config.task_weights and len(config.task_weights) != len(tasks):
+        raise ValueError(f"task_weights is {config.task_weights}; it must have a weight for each of {len(tasks)} tasks")
+    if config.target_cost is not None and model.takes_budget:
+        raise ValueError("target_cost is given, but the model is trained for every budget; leave it out")
+    check_joint(tasks, model.config.get("task_norm", "shared"))

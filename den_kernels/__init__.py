@@ -10,6 +10,7 @@ from den_kernels.functional import den_conv2d, plan_levels
 from den_kernels.fused import FusedChain, FusedResidualBlock
 from den_kernels.modules import DENBatchNorm2d, DENConv2d, DENLinear
 from den_kernels.plan import LevelPlan
+from den_kernels.sync import SyncBatchNorm2d, sync_batch_norm
 
 __version__ = "0.1.0"
 
@@ -20,8 +21,10 @@ __all__ = [
     "FusedChain",
     "FusedResidualBlock",
     "LevelPlan",
+    "SyncBatchNorm2d",
     "available_backends",
     "den_conv2d",
     "plan_levels",
     "reference",
+    "sync_batch_norm",
 ]

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from den_kernels.backends.batch_norm import batch_norm
 from den_kernels.functional import den_conv2d
+from den_kernels.sync import add_over_processes
 
 
 def _widths_buffer(name: str, widths: Sequence[int] | None, channels: int, groups: int, device) -> Tensor | None:
@@ -246,6 +248,9 @@ class DENBatchNorm2d(nn.Module):
     num_levels. A hidden norm, whose channels' distribution does not depend on the level, has one level and is given
     widths; the norm behind a contract convolution has a row a level; `num_sets` separates, say, tasks. A row or channel
     that no sample ran keeps its statistics. Statistics are computed in float32 or better.
+
+    sync: False; True takes the statistics of a training batch over all processes of `torch.distributed`, each of which
+    then has to call the module alike (see `sync_batch_norm`).
     """
 
     running_mean: Tensor
@@ -275,6 +280,7 @@ class DENBatchNorm2d(nn.Module):
                 raise ValueError(f"{name} is {value!r}; it must be a positive integer")
         self.num_features, self.num_levels, self.num_sets = num_features, num_levels, num_sets
         self.eps, self.momentum, self.affine, self.backend = eps, momentum, affine, backend
+        self.sync = False
         rows = num_sets * num_levels
         shape = (rows, num_features)
         if affine:
@@ -335,9 +341,14 @@ class DENBatchNorm2d(nn.Module):
         """By this batch's statistics, which also move the running ones."""
         rows = self._rows(set_index)
         weight, bias = (self.weight[rows], self.bias[rows]) if self.affine else (None, None)
-        y, mean_LC, var_LC, count_LC = torch.ops.den_kernels.batch_norm(
-            x, row_N, width_N, weight, bias, self.num_levels, self.eps, relu, self.backend
-        )
+        if self.sync and torch.distributed.is_initialized():
+            y, mean_LC, var_LC, count_LC = batch_norm(
+                x, row_N, width_N, weight, bias, self.num_levels, self.eps, relu, add_over_processes
+            )
+        else:
+            y, mean_LC, var_LC, count_LC = torch.ops.den_kernels.batch_norm(
+                x, row_N, width_N, weight, bias, self.num_levels, self.eps, relu, self.backend
+            )
         self._track(mean_LC, var_LC, count_LC, x.shape[2] * x.shape[3], rows)
         return y
 

@@ -7,6 +7,8 @@ N samples, C channels, H W space, R rows of statistics (levels).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,14 @@ from torch import Tensor
 class _Members:
     """Which samples ran which channels, and sums and tables over them."""
 
-    def __init__(self, x: Tensor, row: Tensor | None, width: Tensor | None, rows: int):
+    def __init__(
+        self,
+        x: Tensor,
+        row: Tensor | None,
+        width: Tensor | None,
+        rows: int,
+        total: Callable[[Tensor], Tensor] | None = None,
+    ):
         n, channels = x.shape[:2]
         self.dtype = torch.promote_types(x.dtype, torch.float32)
         self.row_N, self.taken_NC = row, None
@@ -28,12 +37,16 @@ class _Members:
         else:
             self.taken_NC = torch.arange(channels, device=x.device) < width.view(-1, 1)
             self.count_RC = share_RN @ self.taken_NC.to(self.dtype)
+        self.total = total
+        if total is not None:
+            self.count_RC = total(self.count_RC)
         self.elements_RC = (self.count_RC * (x.shape[2] * x.shape[3])).clamp(min=1)
 
     def sum(self, values: Tensor) -> Tensor:
         """[R, C]: over the pixels of the samples that ran each channel."""
         # Sums, not torch.var_mean, which takes a hundred times as long on a channels_last map on a CPU.
-        return self.share_RN @ values.sum((2, 3))
+        sum_RC = self.share_RN @ values.sum((2, 3))
+        return sum_RC if self.total is None else self.total(sum_RC)
 
     def of_samples(self, table_RC: Tensor) -> Tensor:
         """Each sample's row of a table, to broadcast over its pixels."""
@@ -64,9 +77,14 @@ def batch_norm(
     rows: int,
     eps: float,
     relu: bool,
+    total: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y like x, and mean, biased variance and count of samples [R, C] of this batch; see `ops.py`."""
-    members = _Members(x, row, width, rows)
+    """y like x, and mean, biased variance and count of samples [R, C] of this batch; see `ops.py`.
+
+    total: adds up a tensor over the processes that share the batch, and its gradient too; then autograd through this
+    function gives the gradients.
+    """
+    members = _Members(x, row, width, rows, total)
     values = members.mask(x.to(members.dtype))
     mean_RC = members.sum(values) / members.elements_RC
     centred = members.mask(values - members.of_samples(mean_RC))
