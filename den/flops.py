@@ -104,6 +104,16 @@ def count_parameters(model: DEN | FrozenDEN | Estimator, level: Sequence[int] | 
     return stem + sum(b.param_counts[l] for b, l in zip(blocks, path, strict=True)) + estimator.tail.param_count
 
 
+def active_parameters(model: DEN | FrozenDEN | Estimator, level: Sequence[int] | Tensor) -> Tensor:
+    """Parameters of each sample's path, counted as `count_parameters` does: int64 [N]. level: integers [N, B] or [B]."""
+    estimator = _estimator(model)
+    table_BL = torch.tensor([block.param_counts for block in _blocks(estimator)], dtype=torch.int64)
+    level_NB = _level(level, *table_BL.shape)
+    stem = 0 if estimator.stem is None else estimator.stem.conv.weight.numel()
+    table_BL = table_BL.to(level_NB.device)
+    return stem + estimator.tail.param_count + table_BL.gather(1, level_NB.t()).sum(0)
+
+
 def _source(model: DEN | FrozenDEN) -> DEN:
     """The model itself, or the architecture that a frozen one keeps."""
     return model.__dict__.get("source", model)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from den.flops import cost_ratios, flops
+from den.flops import active_parameters, cost_ratios, count_parameters, flops, selector_macs
 from den.losses import path_cost
+from den.selector import Selector
 from den.tasks import Task
 
 Policy = str | Tensor | Sequence[int]
@@ -27,6 +28,9 @@ class Evaluation:
     prediction, label: int64 [N]; level: int64 [N, B]; probs: float [N, B, L] where the selector decided, else None.
     cost: float [N], the mean over blocks of the share of parameters run (inside equation 5).
     flops: int64 [N], of the estimator.
+    parameters: int64 [N], the estimator's that the path uses, counted as the paper does; None: not known.
+    stored_parameters: of the whole estimator, which all paths share; None: not known.
+    selector_flops: an image, spent on choosing; 0 where no selector ran. None: not known.
     """
 
     prediction: Tensor
@@ -35,6 +39,14 @@ class Evaluation:
     probs: Tensor | None
     cost: Tensor
     flops: Tensor
+    parameters: Tensor | None = None
+    stored_parameters: int | None = None
+    selector_flops: int | None = None
+
+    @property
+    def correct(self) -> Tensor:
+        """bool [N]: the images classified right."""
+        return self.prediction == self.label
 
     @property
     def accuracy(self) -> float:
@@ -43,10 +55,14 @@ class Evaluation:
         return 100 * float(multiclass_accuracy(self.prediction, self.label, max(classes, 2), average="micro"))
 
     def summary(self) -> dict[str, Any]:
-        """Plain numbers: accuracy (%), mean and deviation of cost, mean FLOPs, level usage and the number of paths."""
+        """Plain numbers: accuracy (%), mean and deviation of cost, mean FLOPs, level usage and the number of paths; and
+        what is known of `parameters` (stored), `parameters_mean` (used by an image) and `selector_flops`."""
         num_levels = int(self.level.max()) + 1 if self.probs is None else self.probs.shape[2]
         usage = torch.nn.functional.one_hot(self.level, num_levels).double().mean(0)
         paths, counts = self.level.unique(dim=0, return_counts=True)
+        known: dict[str, Any] = {"parameters": self.stored_parameters, "selector_flops": self.selector_flops}
+        if self.parameters is not None:
+            known["parameters_mean"] = round(float(self.parameters.double().mean()))
         return {
             "images": len(self.label),
             "accuracy": round(self.accuracy, 4),
@@ -56,6 +72,7 @@ class Evaluation:
             "unique_paths": len(paths),
             "top_path_share": round(float(counts.max()) / len(self.label), 6),
             "level_usage": [[round(float(share), 4) for share in row] for row in usage],
+            **{name: value for name, value in known.items() if value is not None},
         }
 
 
@@ -115,4 +132,12 @@ def evaluate(
         probs=torch.cat(probs) if probs else None,
         cost=path_cost(level_NB, ratio_BL),
         flops=flops(source, level_NB, task.image_size),
+        parameters=active_parameters(source, level_NB),
+        stored_parameters=count_parameters(source),
+        selector_flops=_selector_flops(source, task) if probs else 0,
     )
+
+
+def _selector_flops(model: Any, task: Task) -> int | None:
+    """None for a selector of the caller's own, whose cost is not known."""
+    return 2 * selector_macs(model, task.image_size) if isinstance(model.selector, Selector) else None

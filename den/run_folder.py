@@ -19,8 +19,8 @@ from den.model import DEN
 
 
 class RunFolder:
-    """config.json, metrics.jsonl (a line an epoch), summary.json, and checkpoint/ (a model that `den.load` reads, with
-    the trainer's own state beside it).
+    """config.json, metrics.jsonl (a line an epoch), summary.json and evaluations.safetensors (den/results.py), and
+    checkpoint/ (a model that `den.load` reads, with the trainer's own state beside it).
 
     Files are written under a temporary name and renamed, the checkpoint as a whole.
     """
@@ -60,6 +60,12 @@ class RunFolder:
         """Write a JSON file, whole or not at all."""
         temporary = self.path / f"{name}.tmp"
         temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.replace(self.path / name)
+
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write a safetensors file, whole or not at all."""
+        temporary = self.path / f"{name}.tmp"
+        save_file(dict(tensors), temporary)
         temporary.replace(self.path / name)
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:

@@ -18,8 +18,8 @@ from den.costs import cost_table, measure
 from den.freeze import freeze
 from den.joint import TaskLoss, check_joint
 from den.loop import Loop, Phase, Rate
-from den.metrics import evaluate
 from den.model import DEN
+from den.results import write_results
 from den.tasks import Task
 from den.train_estimator import EstimatorTraining
 from den.train_selector import SelectorTraining
@@ -83,9 +83,8 @@ class Trainer:
         loop.open()
         self._set_costs()
         loop.run(self.phases())
-        summary = self._summary() if loop.fabric.is_global_zero else {}
-        if loop.folder is not None and loop.fabric.is_global_zero:
-            loop.folder.write_json("summary.json", summary)
+        first = loop.fabric.is_global_zero
+        summary = write_results(loop.folder, freeze(self.model), loop.tasks, seed=self.config.seed) if first else {}
         return cast(dict[str, Any], loop.fabric.broadcast(summary))
 
     def phases(self) -> list[Phase]:
@@ -159,16 +158,6 @@ class Trainer:
                 if loop.folder is not None:
                     loop.folder.write_json("latency.json", found)
         return cast(dict[str, Any], loop.fabric.broadcast(found))
-
-    def _summary(self) -> dict[str, Any]:
-        frozen = freeze(self.model)
-        return {
-            task.name: {
-                policy: evaluate(frozen, task, policy=policy, seed=self.config.seed).summary()
-                for policy in ("selector", "random", "full")
-            }
-            for task in self.loop.tasks
-        }
 
 
 def _rate(settings: EstimatorConfig | SelectorConfig, stage: int, warmup: float = 0.0) -> Rate:
