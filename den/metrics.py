@@ -109,7 +109,6 @@ def evaluate(
     """
     device = next(tensor.device for tensor in (*model.parameters(), *model.buffers()))
     source: Any = getattr(model, "source", model)
-    ratio_BL = cost_ratios(source)
     generator = torch.Generator().manual_seed(seed)
     batches = task.batches(split, batch_size, training=False, device=device)
     predictions, labels, levels, probs = [], [], [], []
@@ -130,14 +129,25 @@ def evaluate(
         label=torch.cat(labels),
         level=level_NB,
         probs=torch.cat(probs) if probs else None,
-        cost=path_cost(level_NB, ratio_BL),
-        flops=flops(source, level_NB, task.image_size),
-        parameters=active_parameters(source, level_NB),
-        stored_parameters=count_parameters(source),
         selector_flops=_selector_flops(source, task) if probs else 0,
+        **_account(source, level_NB, task.image_size),
     )
 
 
+def _account(model: Any, level_NB: Tensor, image_size: tuple[int, int]) -> dict[str, Any]:
+    """What paths cost. A network that is no DEN, such as a competitor's, tells it by an `account` of its own."""
+    if hasattr(model, "account"):
+        return model.account(level_NB, image_size)
+    return {
+        "cost": path_cost(level_NB, cost_ratios(model)),
+        "flops": flops(model, level_NB, image_size),
+        "parameters": active_parameters(model, level_NB),
+        "stored_parameters": count_parameters(model),
+    }
+
+
 def _selector_flops(model: Any, task: Task) -> int | None:
-    """None for a selector of the caller's own, whose cost is not known."""
+    """0 for a network without a selector, None for a selector of the caller's own, whose cost is not known."""
+    if not hasattr(model, "selector"):
+        return 0
     return 2 * selector_macs(model, task.image_size) if isinstance(model.selector, Selector) else None
