@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ PREPROCESSING_KEYS = ("image_size", "channels", "grey", "mean", "std", "class_na
 @dataclass(frozen=True)
 class Task:
     """One classification task. Build it with `load_task` or `make_task`.
+
+    Images of several labels (the paper's M3: coarse and fine) are read as one task; `by_head` makes of it those that a
+    model is trained on.
 
     name: the key of its head in a model.
     train, test: image sets of one shape and the same classes.
@@ -47,24 +50,48 @@ class Task:
                     f"task {self.name!r}: {split} images are {images.shape} (C, H, W), "
                     f"training images {self.train.shape}: give image_size to resize them"
                 )
-            if images is not None and images.class_names != self.train.class_names:
+            if images is not None and images.all_names != self.train.all_names:
                 raise ValueError(f"task {self.name!r}: the {split} split has other classes than the training split")
 
     def __repr__(self) -> str:
         held_out = "" if self.val is None else f", val {len(self.val)}"
+        classes = " and ".join(f"{count} classes" for count in self.heads.values())
         return (
             f"Task({self.name!r}, train {len(self.train)}{held_out}, test {len(self.test)}, "
-            f"{self.num_classes} classes, images {self.train.shape})"
+            f"{classes}, images {self.train.shape})"
         )
 
     @property
+    def heads(self) -> dict[str, int]:
+        """Number of classes of each head that reads these images: its own name's, or one by the name of each label."""
+        named = self.train.heads or {self.name: self.class_names}
+        return {head: len(names) for head, names in named.items()}
+
+    def by_head(self) -> list[Task]:
+        """A task of one label for each head, on the same images (not copied), joint under this one's name: in training
+        an image takes one path, which all of them read. Itself where there is one label."""
+        if not self.train.heads:
+            return [self]
+        return [
+            replace(
+                self,
+                name=head,
+                joint=self.name,
+                train=self.train.head(head),
+                test=self.test.head(head),
+                val=None if self.val is None else self.val.head(head),
+            )
+            for head in self.heads
+        ]
+
+    @property
     def class_names(self) -> tuple[str, ...]:
-        """One name a class, in label order."""
+        """One name a class, in label order; of the last of several labels."""
         return self.train.class_names
 
     @property
     def num_classes(self) -> int:
-        """The number of classes."""
+        """The number of classes; of the last of several labels."""
         return len(self.class_names)
 
     @property
@@ -102,7 +129,8 @@ class Task:
         self, split: str, batch_size: int, *, training: bool | None = None, seed: int = 0,
         device: torch.device | str = "cpu", num_workers: int = 0, share: tuple[int, int] = (0, 1),
     ) -> Batches:  # fmt: skip
-        """Batches of "train", "val" or "test": float32 [N, C, H, W] normalised channels_last, and labels int64 [N].
+        """Batches of "train", "val" or "test": float32 [N, C, H, W] normalised channels_last, and labels int64 [N], or
+        [N, T] where an image has several.
 
         training: shuffle, augment and leave out a smaller last batch (unless it is the only one); default: for
             "train" alone.
@@ -151,21 +179,21 @@ def make_task(
 def load_task(
     dataset: str, root: str | os.PathLike[str] | None = None, subset: int | None = None, seed: int = 0,
     channels: int = 3, *, name: str | None = None, val_fraction: float = 0.0,
-    image_size: int | Sequence[int] | None = None, labels: str = "fine",
+    image_size: int | Sequence[int] | None = None, labels: str = "fine", group: Sequence[int] | None = None,
     augment: Augment | str | None = "default", memory_limit: int = MEMORY_LIMIT,
 ) -> Task:  # fmt: skip
     """Read a data set (`den.data.load`) as a task.
 
     Args:
-        dataset, root, image_size, labels, memory_limit: as `den.data.load`.
+        dataset, root, image_size, labels, group, memory_limit: as `den.data.load`.
         subset, seed, channels, val_fraction: as `make_task`.
-        name: of the task; default: the data set's, with "_coarse" for CIFAR-100's coarse labels.
+        name: of the task; default: the data set's, with "_coarse" for coarse labels, and the index of a group.
         augment: "default" is the data set's own: the paper's flip and 4-pixel crop, 2 pixels for 28x28 images, 1 for
             8x8, no flip for digits. None: nothing.
     Raises as `den.data.load` and `make_task`.
     """
     splits = [
-        load(dataset, root, split, image_size=image_size, labels=labels, memory_limit=memory_limit)
+        load(dataset, root, split, image_size=image_size, labels=labels, group=group, memory_limit=memory_limit)
         for split in ("train", "test")
     ]
     if isinstance(augment, str):
@@ -173,7 +201,8 @@ def load_task(
             raise ValueError(f'augment is {augment!r}; it must be "default", None or a den.data.Augment')
         augment = SOURCES[dataset].augment
     if name is None:
-        name = f"{dataset}_coarse" if dataset == "cifar100" and labels == "coarse" else dataset
+        coarse = labels == "coarse" and "labels" in SOURCES[dataset].options
+        name = dataset + ("_coarse" if coarse else "") + ("" if group is None else f"_{group[0]}")
     return make_task(
         name,
         splits[0],

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from den.data import ImageSet, LazyImages, load
+from den.data import ImageSet, LazyImages, class_group, load, stratified, with_classes
 from den.data.readers import read_idx
 
 # The published sets have tens of thousands of images; the ones made here are told apart by a warning.
@@ -87,8 +87,87 @@ def test_cifar100(tmp_path: Path, labels: str, at: int, count: int) -> None:
     assert equal(test.images, images[4:])
     assert train.labels.tolist() == [code[at] for code in codes[:4]]
     assert train.class_names == tuple(f"{labels}{i}" for i in range(count))
-    with pytest.raises(ValueError, match="labels is 'both'"):
-        load("cifar100", tmp_path, labels="both")
+    both = load("cifar100", tmp_path, "test", labels="both")
+    assert both.labels.tolist() == [list(code) for code in codes[4:]]
+    assert [len(names) for names in both.heads.values()] == [20, 100]
+    assert torch.equal(both.head(labels).labels, test.labels)
+    assert both.head(labels).class_names == test.class_names
+    with pytest.raises(ValueError, match="labels is 'all'"):
+        load("cifar100", tmp_path, labels="all")
+
+
+def test_cifar10_animals_and_vehicles(tmp_path: Path) -> None:
+    _, labels = write_cifar10(tmp_path)
+    both = load("cifar10", tmp_path, labels="both")
+    assert both.heads == {"coarse": ("animal", "vehicle"), "fine": tuple(CIFAR10_NAMES)}
+    vehicles = {"airplane", "automobile", "ship", "truck"}
+    assert both.labels.tolist() == [[int(CIFAR10_NAMES[label] in vehicles), label] for label in labels[:15]]
+    coarse = load("cifar10", tmp_path, labels="coarse")
+    assert coarse.labels.tolist() == both.labels[:, 0].tolist()
+    assert coarse.class_names == ("animal", "vehicle")
+
+
+def test_images_of_several_labels_keep_them() -> None:
+    images = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(-1, 3, 4, 4)
+    labels = torch.tensor([[0, 2], [1, 0], [0, 1], [1, 2], [0, 0], [1, 1]])
+    names = {"coarse": ["x", "y"], "fine": ["a", "b", "c"]}
+    chosen = torch.tensor([5, 0, 3])
+    for both in (ImageSet(images, labels, names), LazyImages(list(images), labels, names, (4, 4))):
+        picked = both.subset(chosen).with_channels(1).resized(2)
+        assert picked.labels.tolist() == [[1, 1], [0, 2], [1, 2]]
+        assert picked.shape == (1, 2, 2)
+        assert picked[1][1].tolist() == [0, 2]
+        assert picked.head("fine").labels.tolist() == [1, 2, 2]
+        assert (picked.head("coarse").class_names, picked.class_names) == (("x", "y"), ("a", "b", "c"))
+        with pytest.raises(ValueError, match="head is 'middle'; the images have 'coarse', 'fine'"):
+            both.head("middle")
+        with pytest.raises(ValueError, match="several labels"):
+            with_classes(both, ["a"])
+    assert sorted(labels[stratified(labels, 3)[0], 1].tolist()) == [0, 1, 2]  # by the last: one of each
+    with pytest.raises(ValueError, match=r"labels have shape \(6,\); 2 sets of classes need \(6, 2\)"):
+        ImageSet(images, labels[:, 0], names)
+    with pytest.raises(ValueError, match="labels run from 0 to 2, but there are 2 classes"):
+        ImageSet(images, labels.flip(1), names)
+
+
+def test_groups_of_classes_are_disjoint_tasks(tmp_path: Path) -> None:
+    names = [f"class{i:02}" for i in range(53)]
+    groups = [class_group(names, (index, 10, 5)) for index in range(10)]
+    assert [len(group) for group in groups] == [5] * 10
+    assert len(set().union(*groups)) == 50
+    assert groups[3] == sorted(groups[3]) == class_group(names, (3, 10, 5))
+    assert groups[0] != names[:5]  # drawn, not cut
+    for group, message in [
+        ((10, 10, 5), "index must be"),
+        ((0, 11, 5), "11 x 5 classes, but .* 53"),
+        ((0, 1), "three"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            class_group(names, group)
+    images, labels = write_cifar10(tmp_path)
+    for index in range(2):
+        part = load("cifar10", tmp_path, group=(index, 2, 5))
+        kept = [n for n in range(15) if CIFAR10_NAMES[labels[n]] in part.class_names]
+        assert equal(part.images, images[kept])
+        assert [part.class_names[label] for label in part.labels] == [CIFAR10_NAMES[labels[n]] for n in kept]
+
+
+def test_mini_imagenet_opens_the_files_of_its_group_alone(tmp_path: Path) -> None:
+    root, names = tmp_path / "mini-imagenet", [f"n{i:02}" for i in range(6)]
+    chosen = class_group(names, (1, 2, 2))
+    for name in names:
+        for part in ("train", "val"):
+            write_png(root / part / name / "0.png", random_images(1, 3, 12, names.index(name))[0])
+            if name not in chosen:
+                (root / part / name / "0.png").write_bytes(b"broken")
+    train, test = (load("mini_imagenet", tmp_path, split, image_size=8, group=(1, 2, 2)) for split in ("train", "test"))
+    assert train.class_names == test.class_names == tuple(chosen)
+    assert train.images.shape == (2, 3, 8, 8)
+    assert load("mini_imagenet", tmp_path, group=(1, 2, 2)).shape == (3, 224, 224)
+    with pytest.raises(
+        FileNotFoundError, match=r"imagenet is missing: get the data set from https://www.image-net.org"
+    ):
+        load("mini_imagenet", tmp_path / "nowhere")
 
 
 def test_stl10(tmp_path: Path) -> None:

@@ -172,6 +172,32 @@ def test_make_task() -> None:
     assert "train 80, val 20, test 40, 4 classes" in repr(task)
 
 
+def test_task_of_several_labels() -> None:
+    fine = torch.arange(40) % 4
+    names = {"coarse": ["low", "high"], "fine": ["a", "b", "c", "d"]}
+    images = image_set(40).images
+    both = ImageSet(images, torch.stack([fine // 2, fine], 1), names)
+    task = make_task("things", both, both.subset(torch.arange(8)), val_fraction=0.2)
+    assert task.heads == {"coarse": 2, "fine": 4}
+    assert "2 classes and 4 classes" in repr(task)
+    x, y = next(iter(task.batches("train", 5)))
+    assert (x.shape[0], y.shape) == (5, (5, 2))
+    assert torch.equal(y[:, 0], y[:, 1] // 2)
+    for part, count in zip(task.by_head(), (2, 4), strict=True):
+        assert (part.num_classes, part.heads, part.mean) == (count, {part.name: count}, task.mean)
+        assert part.joint == "things"
+        assert part.train.images.data_ptr() == task.train.images.data_ptr()
+        x_part, y_part = next(iter(part.batches("train", 5)))  # the same images in the same order
+        assert torch.equal(x_part, x)
+        column = task.train.column(part.name)
+        assert torch.equal(y_part, y[:, column])
+        assert torch.equal(part.split("val").labels, task.split("val").labels[:, column])
+    plain = make_task("things", image_set(8), image_set(8))
+    assert plain.by_head() == [plain]
+    assert plain.heads == {"things": 4}
+    assert plain.joint is None
+
+
 def test_task_batches() -> None:
     task = make_task("things", image_set(23), image_set(10), augment=Augment(padding=2))
     assert [len(y) for _, y in task.batches("train", 5)] == [5, 5, 5, 5]

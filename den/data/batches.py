@@ -22,7 +22,7 @@ def _generator(*place: int | str) -> torch.Generator:
 
 
 class Batches:
-    """Iterates over (images float32 [N, C, H, W] normalised channels_last, labels int64 [N]) on `device`.
+    """Iterates over (images float32 [N, C, H, W] normalised channels_last, labels int64 [N] or [N, T]) on `device`.
 
     One `for` loop is one epoch; the next loop is the next epoch, in another order if `shuffle`. The order and the
     augmentation depend on seed, epoch and batch number alone, so a restored position continues identically.

@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .classes import class_group
 from .images import GREY_MODES, MEMORY_LIMIT, Images, LazyImages, as_size, stratified, unequal_sizes
 from .readers import require
 
 TINY_IMAGENET_ADDRESS = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+IMAGENET_ADDRESS = "https://www.image-net.org/"
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp"})
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 
@@ -59,19 +61,23 @@ def _read_files(
 
 
 def read_folder(
-    folder: Path, split: str, image_size: int | Sequence[int] | None = None, memory_limit: int = MEMORY_LIMIT
-) -> Images:
+    folder: Path, split: str, image_size: int | Sequence[int] | None = None, memory_limit: int = MEMORY_LIMIT,
+    group: Sequence[int] | None = None, address: str = "",
+) -> Images:  # fmt: skip
     """An image folder: train/CLASS/* and one of test, val, valid, validation /CLASS/*; or CLASS/* alone.
 
     Class names are the folders' names, sorted; images may lie deeper. Without train/, a fixed stratified fifth of
     CLASS/* is the test split. Images are grey (one channel) if every file of the split is.
 
+    group: only the classes of `class_group(names, group)`; files of the others are not opened.
+    address: where to get the folder, told when it is missing.
     Raises FileNotFoundError for a missing folder, ValueError for a class that train/ lacks, no images, a broken file,
-    or unequal sizes without image_size.
+    unequal sizes without image_size, or a group that `class_group` refuses.
     """
     if not folder.is_dir():
+        source_of = f"get the data set from {address}; " if address else ""
         raise FileNotFoundError(
-            f"{folder} is missing: an image folder has train/CLASS/*.png and test/CLASS/*.png (or val/)"
+            f"{folder} is missing: {source_of}an image folder has train/CLASS/*.png and test/CLASS/*.png (or val/)"
         )
     train = folder / "train"
     divided = train.is_dir()
@@ -83,14 +89,17 @@ def read_folder(
                 f"{folder / 'test'} is missing (so are {', '.join(TEST_FOLDERS[1:])}): it holds the test images"
             )
         source = present[0]
-    names = [path.name for path in _class_folders(train if divided else folder)]
+    every_name = [path.name for path in _class_folders(train if divided else folder)]
+    names = every_name if group is None else class_group(every_name, group)
     paths: list[Path] = []
     labels: list[int] = []
     for class_folder in _class_folders(source):
-        if class_folder.name not in names:
+        if class_folder.name not in every_name:
             raise ValueError(
-                f"{class_folder} is a class that {train} does not have; its classes are {', '.join(names[:10])}"
+                f"{class_folder} is a class that {train} does not have; its classes are {', '.join(every_name[:10])}"
             )
+        if class_folder.name not in names:
+            continue
         found = find_images(class_folder)
         paths += found
         labels += [names.index(class_folder.name)] * len(found)
@@ -102,6 +111,19 @@ def read_folder(
         chosen = test_indices if split == "test" else train_indices
         paths, label_N = [paths[i] for i in chosen.tolist()], label_N[chosen]
     return _read_files(paths, label_N, names, image_size, memory_limit)
+
+
+def read_mini_imagenet(
+    folder: Path, split: str, image_size: int | Sequence[int] | None = None, memory_limit: int = MEMORY_LIMIT,
+    group: Sequence[int] | None = None,
+) -> Images:  # fmt: skip
+    """Classes of ImageNet in its own layout, train/WNID/*.JPEG and val/WNID/*.JPEG, at 224x224 unless told otherwise.
+
+    The paper's Mini-ImageNet has 50 classes: 800 images of each to train on, and the 50 that ImageNet has to test. A
+    `group` of (i, 10, 5) gives its task i whether the folder holds those 50 or all 1000. Images are scaled to cover the
+    size and cut about the centre (the paper: squeezed to 256x256, of which the middle 224x224). As `read_folder`.
+    """
+    return read_folder(folder, split, image_size or 224, memory_limit, group, IMAGENET_ADDRESS)
 
 
 def read_tiny_imagenet(

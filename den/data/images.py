@@ -1,12 +1,12 @@
 """The one form every reader gives its images in: uint8 [N, C, H, W] with integer labels, in memory or read as needed.
 
-Legend: N images, C channels (1 or 3), H W pixels.
+Legend: N images, C channels (1 or 3), H W pixels, T labels an image.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from torch.utils.data import Dataset
 
 MEMORY_LIMIT = 4 * 2**30  # bytes of images above which a reader leaves them on disk
 GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L")  # Pillow's modes of one plane
+
+ClassNames = Sequence[str] | Mapping[str, Sequence[str]]  # of one label, or of each of several by its name
 
 
 def unequal_sizes(first: tuple[int, ...], other: tuple[int, ...]) -> str:
@@ -109,11 +111,13 @@ def decode(images: Iterable[Any], grey: bool, image_size: tuple[int, int] | None
 def stratified(labels: Tensor, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Draw `count` samples so that every class keeps its share (largest remainders).
 
-    Args: labels int64 [N]; count from 0 to N; the same seed draws the same samples.
+    Args: labels int64 [N], or [N, T], of which the last is drawn by; count from 0 to N; the same seed draws the same
+    samples.
     Returns (chosen, rest): int64 indices, ascending. Raises ValueError for a count out of range.
     """
     if not 0 <= count <= len(labels):
         raise ValueError(f"cannot draw {count} of {len(labels)} images; the number must be from 0 to {len(labels)}")
+    labels = labels if labels.dim() == 1 else labels[:, -1]
     generator = torch.Generator().manual_seed(seed)
     classes = [torch.nonzero(labels == label)[:, 0] for label in labels.unique()]
     quotas = [len(members) * count / max(1, len(labels)) for members in classes]
@@ -127,23 +131,46 @@ def stratified(labels: Tensor, count: int, seed: int = 0) -> tuple[Tensor, Tenso
     return torch.nonzero(chosen)[:, 0], torch.nonzero(~chosen)[:, 0]
 
 
-class _Labelled(Dataset[tuple[Tensor, int]]):
+class _Labelled(Dataset[tuple[Tensor, Any]]):
     """What both kinds of image set share: labels, class names, and the shape (C, H, W) of one image."""
 
-    labels: Tensor
-    class_names: tuple[str, ...]
+    labels: Tensor  # int64 [N], or [N, T] where an image has T labels
+    class_names: tuple[str, ...]  # in label order; of the last label where there are several
+    heads: dict[str, tuple[str, ...]]  # where there are several: each one's name and class names, in column order
     grey: bool  # the images were grey in the first place; with 3 channels, they are one plane repeated
 
-    def _set_labels(self, labels: Tensor, class_names: Sequence[str]) -> None:
-        self.labels, self.class_names = labels.long(), tuple(class_names)
-        if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < len(self.class_names)):
-            raise ValueError(
-                f"labels run from {int(labels.min())} to {int(labels.max())}, "
-                f"but there are {len(self.class_names)} classes (labels 0 to {len(self.class_names) - 1})"
-            )
+    def _set_labels(self, labels: Tensor, class_names: ClassNames) -> None:
+        self.heads = {}
+        if isinstance(class_names, Mapping):
+            self.heads = {head: tuple(names) for head, names in class_names.items()}
+        named = list(self.heads.values()) if self.heads else [tuple(class_names)]
+        wanted = (len(labels), len(named)) if self.heads else (len(labels),)
+        if labels.shape != wanted:
+            raise ValueError(f"labels have shape {tuple(labels.shape)}; {len(named)} sets of classes need {wanted}")
+        self.labels, self.class_names = labels.long(), named[-1]
+        for column, names in zip(labels.reshape(len(labels), len(named)).unbind(1), named, strict=True):
+            if len(labels) and not (int(column.min()) >= 0 and int(column.max()) < len(names)):
+                raise ValueError(
+                    f"labels run from {int(column.min())} to {int(column.max())}, "
+                    f"but there are {len(names)} classes (labels 0 to {len(names) - 1})"
+                )
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def all_names(self) -> ClassNames:
+        """Class names as the constructor takes them: of the one label, or of each by its name."""
+        return self.heads or self.class_names
+
+    def column(self, head: str) -> int:
+        """Which of several labels has this name. Raises ValueError for a name that none has."""
+        if head not in self.heads:
+            raise ValueError(f"head is {head!r}; the images have {', '.join(map(repr, self.heads)) or 'one label'}")
+        return list(self.heads).index(head)
+
+    def _label(self, index: int) -> Any:
+        return self.labels[index] if self.heads else int(self.labels[index])
 
 
 class ImageSet(_Labelled):
@@ -151,25 +178,26 @@ class ImageSet(_Labelled):
 
     Args:
         images: uint8 [N, C, H, W], C 1 or 3.
-        labels: integers [N], each from 0 to len(class_names) - 1.
-        class_names: one name a class, in label order.
+        labels: integers [N], each from 0 to len(class_names) - 1; or [N, T], T labels an image.
+        class_names: one name a class, in label order; for T labels, those of each by the label's name, in the order of
+            the columns, coarse before fine (the last is the one that `stratified` keeps the shares of).
         grey: whether the images were grey in the first place (default: C is 1).
     Raises ValueError or TypeError when they do not agree.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, class_names: Sequence[str], grey: bool | None = None) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, class_names: ClassNames, grey: bool | None = None) -> None:
         if images.dtype != torch.uint8:
             raise TypeError(f"images have dtype {images.dtype}; they must be uint8")
         if images.dim() != 4 or images.shape[1] not in (1, 3):
             raise ValueError(f"images have shape {tuple(images.shape)}; it must be [N, C, H, W] with C 1 or 3")
-        if labels.shape != images.shape[:1]:
+        if labels.shape[:1] != images.shape[:1]:
             raise ValueError(f"labels have shape {tuple(labels.shape)}; {len(images)} images need [{len(images)}]")
         self.images = images
         self.grey = images.shape[1] == 1 if grey is None else grey
         self._set_labels(labels, class_names)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index], int(self.labels[index])
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        return self.images[index], self._label(index)
 
     def __repr__(self) -> str:
         return f"ImageSet({len(self)} x {self.shape}, {len(self.class_names)} classes)"
@@ -187,7 +215,15 @@ class ImageSet(_Labelled):
             images = self.images[:, :1].index_select(0, indices).expand(-1, self.images.shape[1], -1, -1)
         else:
             images = self.images.index_select(0, indices)
-        return ImageSet(images, self.labels[indices], self.class_names, self.grey)
+        return ImageSet(images, self.labels[indices], self.all_names, self.grey)
+
+    def relabelled(self, labels: Tensor, class_names: ClassNames) -> ImageSet:
+        """The same images, not copied, with other labels."""
+        return ImageSet(self.images, labels, class_names, self.grey)
+
+    def head(self, name: str) -> ImageSet:
+        """The same images, not copied, with one of their several labels. Raises ValueError for an unknown name."""
+        return self.relabelled(self.labels[:, self.column(name)], self.heads[name])
 
     def with_channels(self, channels: int) -> ImageSet:
         """The same images with 1 channel (RGB becomes luma, as Pillow's "L") or 3 (grey is repeated, not copied)."""
@@ -195,12 +231,12 @@ class ImageSet(_Labelled):
         if channels == self.images.shape[1]:
             return self
         if self.grey:
-            return ImageSet(self.images[:, :1].expand(-1, channels, -1, -1), self.labels, self.class_names, True)
+            return ImageSet(self.images[:, :1].expand(-1, channels, -1, -1), self.labels, self.all_names, True)
         luma = torch.empty(len(self), 1, *self.shape[1:], dtype=torch.uint8)
         for start in range(0, len(self), 4096):
             red, green, blue = self.images[start : start + 4096].to(torch.int32).unbind(1)
             luma[start : start + 4096, 0] = (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
-        return ImageSet(luma, self.labels, self.class_names, True)
+        return ImageSet(luma, self.labels, self.all_names, True)
 
     def resized(self, image_size: int | Sequence[int]) -> ImageSet:
         """The same images at another size (H, W), as `to_uint8` scales them."""
@@ -209,7 +245,7 @@ class ImageSet(_Labelled):
             return self
         planes = self.images[:, :1] if self.grey else self.images
         images = decode(planes, self.grey, size) if len(self) else planes.new_empty(0, planes.shape[1], *size)
-        return ImageSet(images.expand(-1, self.images.shape[1], -1, -1), self.labels, self.class_names, self.grey)
+        return ImageSet(images.expand(-1, self.images.shape[1], -1, -1), self.labels, self.all_names, self.grey)
 
 
 class LazyImages(_Labelled):
@@ -224,7 +260,7 @@ class LazyImages(_Labelled):
     """
 
     def __init__(
-        self, items: Sequence[Any] | Dataset[Any], labels: Tensor, class_names: Sequence[str],
+        self, items: Sequence[Any] | Dataset[Any], labels: Tensor, class_names: ClassNames,
         image_size: tuple[int, int], grey: bool = False, channels: int | None = None,
     ) -> None:  # fmt: skip
         self.items, self.image_size, self.grey = items, as_size(image_size), grey
@@ -232,8 +268,8 @@ class LazyImages(_Labelled):
         self.indices = torch.arange(len(labels))
         self._set_labels(labels, class_names)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self._read(index).expand(self.channels, -1, -1), int(self.labels[index])
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        return self._read(index).expand(self.channels, -1, -1), self._label(index)
 
     def __repr__(self) -> str:
         return f"LazyImages({len(self)} x {self.shape}, {len(self.class_names)} classes)"
@@ -256,6 +292,16 @@ class LazyImages(_Labelled):
         """The images at `indices` (int64), with the same classes."""
         return self._derived(indices=self.indices[indices], labels=self.labels[indices])
 
+    def relabelled(self, labels: Tensor, class_names: ClassNames) -> LazyImages:
+        """The same images with other labels."""
+        other = self._derived()
+        other._set_labels(labels, class_names)
+        return other
+
+    def head(self, name: str) -> LazyImages:
+        """The same images with one of their several labels. Raises ValueError for an unknown name."""
+        return self.relabelled(self.labels[:, self.column(name)], self.heads[name])
+
     def with_channels(self, channels: int) -> LazyImages:
         """The same images with 1 or 3 channels, as ImageSet.with_channels."""
         return self._derived(channels=check_channels(channels), grey=self.grey or channels == 1)
@@ -275,7 +321,7 @@ class LazyImages(_Labelled):
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for _ in pool.map(fill, range(len(self))):
                 pass
-        return ImageSet(images.expand(-1, self.channels, -1, -1), self.labels, self.class_names, self.grey)
+        return ImageSet(images.expand(-1, self.channels, -1, -1), self.labels, self.all_names, self.grey)
 
 
 Images = ImageSet | LazyImages

