@@ -142,7 +142,8 @@ def _tables(estimator: Estimator, image_size: ImageSize) -> tuple[Tensor, int]:
         entry = (stride,) if index == 0 and estimator.stem is None else ()
         macs, size = block.macs(*size, *entry)
         rows.append(macs)
-    return torch.tensor(rows, dtype=torch.int64), fixed + estimator.tail.macs
+    # On the CPU also where a model is made on the meta device, to be counted.
+    return torch.tensor(rows, dtype=torch.int64, device="cpu"), fixed + estimator.tail.macs
 
 
 def _level(level: Tensor | Sequence[int], num_blocks: int, num_levels: int) -> Tensor:

@@ -62,6 +62,114 @@ def test_whole_networks(name, blocks, count, macs):
     assert sum(layer.weight.numel() for layer in layers) - heads == count
 
 
+@pytest.mark.parametrize(
+    ("name", "counts", "macs"),
+    [
+        ("resnet_42", (1_728, 7_448_256, 14_894_784, 29_787_840), (1_769_472, 365_101_056, 728_432_640, 1_455_095_808)),
+        ("wrn_32_4", (432, 1_836_720, 3_673_008, 7_345_584), (442_368, 267_042_816, 533_643_264, 1_066_844_160)),
+        (
+            "resnext_29_8x64d",
+            (1_728, 5_596_864, 11_192_000, 22_382_272),
+            (1_769_472, 849_018_880, 1_696_268_288, 3_390_767_104),
+        ),
+        ("resnext_29_4x64d", (1_728, 5_596_864, 11_192_000), (1_769_472, 849_018_880, 1_696_268_288)),
+        ("resnext_29_2x64d", (1_728, 2_799_296, 5_596_864), (1_769_472, 425_394_176, 849_018_880)),
+        ("vgg_16", (9_723_312, 19_446_624, 38_893_248), (104_251_392, 208_502_784, 417_005_568)),
+        ("vgg_16d", (8_397_504, 16_793_280, 33_584_832), (84_344_832, 166_920_192, 332_070_912)),
+        ("simple_conv_net_84", (133_296, 147_552), (13_788_416, 27_458_048)),
+        ("simple_conv_net_224", (833_712, 847_968), (25_204_736, 49_590_272)),
+    ],
+)
+def test_every_level_of_every_backbone(name, counts, macs):
+    """What does not change with the level (stem; SimpleConvNet's hidden layers) and the level's share of the rest."""
+    model = on_meta(name)
+    size = model.estimator.image_size
+    paths = [[level] * model.num_blocks for level in range(model.num_levels)]
+    assert tuple(den.count_parameters(model, path) for path in paths) == counts
+    assert den.flops(model, paths, size).tolist() == [2 * count for count in macs]
+    shares = model.estimator.hierarchy.ratios
+    for values in (counts, macs):
+        fixed = (values[0] - shares[0] * values[-1]) / (1 - shares[0])
+        assert [fixed + share * (values[-1] - fixed) for share in shares] == list(values)
+    assert model.estimator.image_size == {"simple_conv_net_84": 84, "simple_conv_net_224": 224}.get(name, 32)
+
+
+def test_every_level_of_resnet_50():
+    """A level of a bottleneck block narrows its 3x3 convolution on both sides: less than its share is left."""
+    counts = []
+    for ratio in (0, 1 / 4, 1 / 2, 1):
+        count, channels = 7 * 7 * 3 * 64, 64
+        for stage, blocks in enumerate((3, 4, 6, 3)):
+            hidden, out = int(ratio * 64 * 2**stage), 4 * 64 * 2**stage
+            for index in range(blocks):
+                count += channels * hidden + 9 * hidden * hidden + hidden * out
+                count += channels * out if index == 0 else 0
+                channels = out
+        counts.append(count)
+    model = on_meta("resnet_50")
+    assert [den.count_parameters(model, [level] * 16) for level in range(4)] == counts
+    assert counts == [2_778_304, 5_825_472, 10_287_296, 23_454_912]
+
+
+@pytest.mark.parametrize(
+    ("name", "printed"),
+    [
+        ("resnet_42", {"parameters": "29.8M", "three": "89.4M", "flops": "2.91G"}),
+        ("wrn_32_4", {"parameters": "7.35M", "three": "22.0M", "flops": "2.13G"}),
+    ],
+)
+def test_table_2_as_printed(name, printed):
+    """One network and the three of the baseline."""
+    model = on_meta(name)
+    count, macs = den.count_parameters(model), full_macs(model, 32)
+    digits = len(printed["parameters"].split(".")[1]) - 1
+    told = {
+        "parameters": f"{count / 1e6:.{digits}f}M",
+        "three": f"{3 * count / 1e6:.1f}M",
+        "flops": f"{2 * macs / 1e9:.2f}G",
+    }
+    assert told == printed
+
+
+@pytest.mark.parametrize(("name", "low", "high"), [("84", 18.7, 27.4), ("224", 33.3, 39.1)])
+def test_table_3_multiply_adds(name, low, high):
+    """Multiply-adds there, not FLOPs. The DENs' printed ones lie between the levels; 27.4M is cut, not rounded."""
+    model = on_meta(f"simple_conv_net_{name}")
+    least, most = (den.flops(model, [level] * 2, int(name)).item() / 2e6 for level in range(2))
+    assert least < low < high <= most
+    assert name == "224" or int(most * 10) / 10 == high
+
+
+def test_table_4_prints_flops_of_another_network():
+    """Coarse at half, fine at full: WRN-32-4's 1.07G and 2.13G, where the table has ResNet-42's 1.46G and 2.91G."""
+    own, printed = [2 * full_macs(on_meta(name), 32) / 1e9 for name in ("wrn_32_4", "resnet_42")]
+    assert (f"{own:.2f}", f"{printed:.2f}") == ("2.13", "2.91")
+    half = den.flops(on_meta("resnet_42"), [2] * 20, 32).item() / 1e9
+    assert f"{half:.2f}" == "1.46"
+    assert f"{2 * den.count_parameters(on_meta('wrn_32_4')) / 1e6:.1f}M" == "14.7M"
+
+
+def resnet_count(widths: tuple[int, ...], stem: int, blocks: int) -> int:
+    """Weights of a stem and `blocks` pairs of 3x3 convolutions for each width, shortcuts without any."""
+    total, channels = 27 * stem, stem
+    for width in widths:
+        for _ in range(blocks):
+            total += 9 * channels * width + 9 * width * width
+            channels = width
+    return total
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 5])
+def test_resnet_l_and_wrn_l_r_of_any_length(blocks):
+    resnet = on_meta(f"resnet_{8 * blocks + 2}")
+    assert resnet.num_blocks == 4 * blocks
+    assert den.count_parameters(resnet) == resnet_count((64, 128, 256, 512), 64, blocks)
+    for factor in (1, 2, 4):
+        wrn_l_r = on_meta(f"wrn_{6 * blocks + 2}_{factor}")
+        assert wrn_l_r.num_blocks == 3 * blocks
+        assert den.count_parameters(wrn_l_r) == resnet_count((16 * factor, 32 * factor, 64 * factor), 16, blocks)
+
+
 def test_common_sizes_at_224():
     """What torchvision prints for vgg16 and resnet50 (138,357,544 and 25,557,032), less biases, norms and head."""
     vgg = on_meta("vgg_16d", base_size=224)
@@ -83,7 +191,7 @@ def test_nested_net_on_resnet_42_averages_1_70_gflop():
 
 
 def test_nested_net_on_resnext():
-    """Table 4: 2, 4 and 8 of 8 paths have 5.6M, 11.2M and 22.4M parameters; those of 2 and 4 paths are networks too."""
+    """Table 5: 2, 4 and 8 of 8 paths have 5.6M, 11.2M and 22.4M parameters; those of 2 and 4 paths are networks too."""
     model = on_meta("resnext_29_8x64d")
     counts = [den.count_parameters(model, [level] * 9) for level in range(4)]
     assert counts == [1728, 5_596_864, 11_192_000, 22_382_272]
@@ -91,21 +199,30 @@ def test_nested_net_on_resnext():
     assert [den.count_parameters(four, [level] * 9) for level in range(3)] == [1728, 5_596_864, 11_192_000]
 
 
-@pytest.mark.parametrize(("name", "size", "factor"), [("resnext_29_8x64d", 9.8, 2.3), ("resnext_29_4x64d", 5.6, 2.0)])
+@pytest.mark.parametrize(
+    ("name", "size", "factor"), [("resnext_29_8x64d", "9.79M", "2.28x"), ("resnext_29_4x64d", "5.60M", "2.00x")]
+)
 def test_random_selectors_of_resnext(name, size, factor):
-    """Table 4: every level equally often."""
+    """Table 5: every level equally often. Printed there: 9.8M, 2.3x and 5.6M, 2.0x."""
     model = on_meta(name)
-    mean = sum(den.count_parameters(model, [level] * 9) for level in range(model.num_levels)) / model.num_levels
-    assert mean / 1e6 == pytest.approx(size, abs=0.05)
-    ratio = 1 / den.cost_ratios(model).mean().item()
-    assert ratio == pytest.approx(factor, abs=0.05)
+    paths = [[level] * 9 for level in range(model.num_levels)]
+    mean = sum(den.count_parameters(model, path) for path in paths) / len(paths)
+    flops = den.flops(model, paths, 32).double().mean().item()
+    assert f"{mean / 1e6:.2f}M" == size
+    assert f"{2 * full_macs(model, 32) / flops:.2f}x" == factor
 
 
-def test_half_of_vgg():
+def test_fully_connected_layers_of_vgg_are_elastic():
+    """Table 5: 19.4M at half the channels, 2.0x, only if the hidden layers are halved with the convolutions."""
     model = on_meta("vgg_16")
-    assert den.count_parameters(model, [1] * 9) / 1e6 == pytest.approx(19.45, abs=0.005)
     assert den.cost_ratios(model).tolist() == [[0.25, 0.5, 1]] * 9
     assert fixed_macs(model, 32) == 0
+    last = model.estimator.blocks[-1]
+    layers = [last.linear1, last.linear2]
+    assert all(isinstance(layer, dk.DENLinear) for layer in layers)
+    assert [(layer.in_features, layer.out_features) for layer in layers] == [(512, 4096), (4096, 4096)]
+    assert tuple(last.param_counts) == tuple((512 + 4096) * width for width in (1024, 2048, 4096))
+    assert not any(isinstance(layer, dk.DENLinear) for layer in model.estimator.heads.values())
 
 
 def test_projections_cost_the_same_at_every_level():
