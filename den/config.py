@@ -10,6 +10,8 @@ import tyro
 
 Schedule = Literal["constant", "step", "cosine"]
 SCHEDULES = get_args(Schedule)
+Initial = Literal["equation_8", "selector"]
+INITIALS = get_args(Initial)
 Baseline = Literal["none", "leave_one_out", "self_critical", "moving_average"]
 BASELINES = get_args(Baseline)
 CostUnit = Literal["parameters", "flops", "latency"]
@@ -200,7 +202,9 @@ class TrainConfig(RunConfig):
     rho: float = 0.1
     """Weight of the sparsity term, equation 5."""
     tau: float = 0.75
-    """Weight of the full path in the initial distribution, equation 8."""
+    """Weight of the full path in the initial distribution, equation 8; 0: uniform."""
+    initial: Initial = "equation_8"
+    """Paths of the first stage: equation 8 (the paper), or drawn from the untrained selector (its appendix A.2)."""
     stages: int = 4
     """S of Algorithm 1."""
     cost_unit: CostUnit = "parameters"
@@ -229,6 +233,7 @@ class TrainConfig(RunConfig):
         return [
             ("rho", self.rho, self.rho >= 0, "at least 0"),
             ("tau", self.tau, 0 <= self.tau <= 1, "between 0 and 1"),
+            ("initial", self.initial, self.initial in INITIALS, f"one of {', '.join(INITIALS)}"),
             ("stages", self.stages, self.stages >= 1, "at least 1"),
             ("cost_unit", self.cost_unit, self.cost_unit in COST_UNITS, f"one of {', '.join(COST_UNITS)}"),
             ("target_cost", target, target is None or 0 < target <= 1, "above 0 and at most 1"),

@@ -98,18 +98,18 @@ class EstimatorTraining:
 
     @torch.no_grad()
     def _levels(self, stage: int, x: Tensor) -> Tensor:
-        """z [N, B] from p: equation 8 in the first stage, the selector afterwards."""
+        """z [N, B] from p: equation 8 in the first stage (unless `initial` says otherwise), the selector afterwards."""
         settings, generator, top = self.settings, self.loop.generator, self.model.num_levels - 1
         n, blocks = len(x), self.model.num_blocks
         everywhere = n * self.loop.fabric.world_size
         if stage == 0 and self.loop.position.epoch < settings.full_epochs:
             return torch.full((n, blocks), top, device=x.device)
-        if stage == 0:
+        if stage == 0 and self.config.initial == "equation_8":
             drawn = initial_levels(everywhere, blocks, top + 1, self.config.tau, generator)
             return self.loop.mine(drawn).to(x.device)
         logits = self.loop.of_all(self._logits(x))
         level_NB = logits.argmax(2) if settings.levels == "argmax" else sample_levels(logits, 1, 0.0, generator)[0]
-        if settings.full_share:
+        if settings.full_share and stage:
             keep = torch.rand((everywhere, 1), generator=generator) < settings.full_share
             level_NB = torch.where(keep.to(x.device), top, level_NB)
         return self.loop.mine(level_NB)

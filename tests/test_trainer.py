@@ -129,6 +129,22 @@ def test_plateau_ends_a_phase(digits: Task, tmp_path: Path) -> None:
     assert 3 <= epochs < 9
 
 
+def test_first_stage_may_draw_from_the_untrained_selector(digits: Task, tmp_path: Path) -> None:
+    """A.2: a selector that is sure of level 1 gives the estimator nothing else, where equation 8 gives full paths."""
+    costs = []
+    for initial in ("selector", "equation_8"):
+        model = small_model()
+        with torch.no_grad():
+            model.selector.head.weight.zero_()
+            model.selector.head.bias.view(model.num_blocks, -1)[:, 1] = 50.0
+        config = small_config(tmp_path / initial, stages=1, initial=initial)
+        config.estimator.first_epochs, config.estimator.full_share, config.selector.epochs = 1, 0.5, 0
+        Trainer(model, [digits], config).fit()
+        costs.append(json.loads((tmp_path / initial / "metrics.jsonl").read_text().splitlines()[0])["cost"])
+    assert costs[0] == pytest.approx(0.25)
+    assert costs[1] > 0.6
+
+
 def test_selector_learns_to_save(digits: Task) -> None:
     """With a large rho the cheapest paths win, whatever the accuracy."""
     model = small_model()
