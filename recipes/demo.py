@@ -11,7 +11,7 @@ import json
 import shutil
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,10 @@ from den.config import EstimatorConfig, SelectorConfig, TrainConfig
 from den.flops import flops, selector_macs
 from den.metrics import Evaluation, evaluate
 from den.run_folder import RunFolder
-from den.tasks import Task, load_task
-from den.trainer import Trainer
+from den.tasks import Task
+from recipes.recipe import Recipe, dense_twin, fit
 
 BATCHES = (1, 64)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A whole experiment: data, model and training."""
-
-    tasks: dict[str, dict[str, Any]]
-    model: dict[str, Any]
-    train: TrainConfig
 
 
 def demo(out: Path) -> Recipe:
@@ -56,36 +47,17 @@ def demo(out: Path) -> Recipe:
     )
 
 
-def dense_twin(recipe: Recipe, out: Path) -> Recipe:
-    """The backbone alone, trained alike: always the full path, no selector, as many epochs of the estimator."""
-    train = recipe.train
-    estimator = train.estimator
-    epochs = estimator.first_epochs + (train.stages - 1) * estimator.epochs + estimator.settle_epochs
-    twin = replace(
-        train,
-        tau=1.0,
-        stages=1,
-        estimator=replace(estimator, first_epochs=epochs, settle_epochs=0),
-        selector=replace(train.selector, epochs=0),
-        out=out / "dense",
-    )
-    return replace(recipe, train=twin)
-
-
-def fit(recipe: Recipe, tasks: list[Task]) -> den.DEN:
-    """Train a recipe's model on its tasks."""
-    torch.manual_seed(recipe.train.seed)
-    model = den.create_model(tasks={task.name: task.num_classes for task in tasks}, **recipe.model)
-    Trainer(model, tasks, recipe.train).fit()
-    return model.eval()
+def dense(recipe: Recipe, out: Path) -> Recipe:
+    """The backbone alone, trained alike, in a folder of its own."""
+    return replace(recipe, method="dense", train=replace(dense_twin(recipe.train), out=out / "dense"))
 
 
 def run(out: Path) -> list[dict[str, Any]]:
     """Train, evaluate and time; write summary.json and the pictures; return the rows of the table."""
     recipe = demo(out)
-    tasks = [load_task(name=name, **options) for name, options in recipe.tasks.items()]
+    tasks = recipe.load(None)
     print("Training the dense network ...", file=sys.stderr)
-    plain = fit(dense_twin(recipe, out), tasks)
+    plain = fit(dense(recipe, out), tasks)
     print("Training the DEN ...", file=sys.stderr)
     model = fit(recipe, tasks)
 

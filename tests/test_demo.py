@@ -13,7 +13,7 @@ from recipes import demo
 
 def test_dense_twin_is_trained_alike(tmp_path: Path) -> None:
     recipe = demo.demo(tmp_path)
-    twin = demo.dense_twin(recipe, tmp_path)
+    twin = demo.dense(recipe, tmp_path)
     recipe.train.check()
     twin.train.check()
     own, dense = recipe.train.estimator, twin.train.estimator

@@ -1,0 +1,58 @@
+"""M1: three data sets at three image scales in one network (section 4.2, Table 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from den.config import EstimatorConfig, SelectorConfig, TrainConfig
+from recipes.recipe import Recipe
+from recipes.settings import PAPER, PAPER_RHOS, Comparison, Scale, for_seeds, paper_model
+
+PAPER_TASKS = {
+    "cifar100": {"dataset": "cifar100"},
+    "tiny_imagenet": {"dataset": "tiny_imagenet"},
+    "stl10": {"dataset": "stl10"},
+}
+# "Tiny-ImageNet, CIFAR-100, and STL-10, are assigned to the levels of hierarchy [...] from the lowest to highest"
+PAPER_ORDER = ("tiny_imagenet", "cifar100", "stl10")
+
+# 32x32, 28x28 and 8x8; with base_size 14 their first maps are 16x16, 14x14 and 8x8.
+SMALL_TASKS = {
+    "cifar10": {"dataset": "cifar10", "subset": 10_000},
+    "fashion_mnist": {"dataset": "fashion_mnist", "subset": 10_000},
+    "digits": {"dataset": "digits"},
+}
+SMALL_ORDER = ("digits", "fashion_mnist", "cifar10")
+SMALL_RHOS = (0.3,)
+SMALL = TrainConfig(
+    stages=2,
+    batch_size=64,
+    estimator=EstimatorConfig(
+        first_epochs=4, epochs=2, settle_epochs=2, schedule="cosine", decay=0.5, full_share=0.2
+    ),
+    selector=SelectorConfig(lr=3e-3, epochs=2, paths=4, baseline="leave_one_out", epsilon_decay=0.97),
+)  # fmt: skip
+
+
+def m1(scale: Scale, seeds: Sequence[int] = (0,)) -> list[Recipe]:
+    """Three tasks at three image scales: independent networks, NestedNet, PackNet* and DEN (Table 2)."""
+    if scale == "paper":
+        compared = [_paper(name) for name in ("resnet_42", "wrn_32_4")]
+        rhos, order = PAPER_RHOS, PAPER_ORDER
+    else:
+        model = {"name": "wrn_14_2", "selector": "light", "base_size": 14, "task_norm": "per_task"}
+        compared = [Comparison("m1", scale, "wrn_14_2", SMALL_TASKS, model, SMALL)]
+        rhos, order = SMALL_RHOS, SMALL_ORDER
+
+    def runs(seed: int) -> Iterator[Recipe]:
+        for comparison in compared:
+            yield from (comparison.den(seed, rho) for rho in rhos)
+            yield comparison.recipe(seed, "independent", row="Baseline")
+            yield comparison.recipe(seed, "nestednet", row="NestedNet", options={"order": order})
+            yield comparison.recipe(seed, "packnet", row="PackNet*", options={"order": order})
+
+    return for_seeds(seeds, runs)
+
+
+def _paper(name: str) -> Comparison:
+    return Comparison("m1", "paper", name, PAPER_TASKS, paper_model(name), PAPER)
