@@ -4,20 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from den.config import EstimatorConfig, SelectorConfig, TrainConfig
 from recipes.recipe import Recipe
-from recipes.settings import PAPER, PAPER_RHOS, Comparison, Scale, for_seeds, paper_model
+from recipes.settings import PAPER, PAPER_RHOS, SMALL, Comparison, Scale, for_seeds, paper_model
 
 DATA_SETS = ("cifar10", "cifar100")
 SMALL_RHOS = (0.3, 1.0)
-SMALL = TrainConfig(
-    stages=2,
-    batch_size=64,
-    estimator=EstimatorConfig(
-        first_epochs=5, epochs=2, settle_epochs=2, schedule="cosine", decay=0.5, full_share=0.2
-    ),
-    selector=SelectorConfig(lr=3e-3, epochs=2, paths=4, baseline="leave_one_out", epsilon_decay=0.97),
-)  # fmt: skip
 
 
 def c1(scale: Scale, seeds: Sequence[int] = (0,)) -> list[Recipe]:
@@ -47,16 +38,17 @@ def _paper(seed: int, first_seed: int) -> Iterator[Recipe]:
             resnext = comparison(name)
             yield resnext.dense(seed)
             yield resnext.recipe(seed, "nestednet", options={"levels": levels})
-            yield resnext.recipe(seed, "blockdrop", row="BlockDrop")
+            own_policy = {key: value for key, value in resnext.model.items() if key != "selector"}
+            yield resnext.recipe(seed, "blockdrop", row="BlockDrop", model=own_policy)
             yield from (resnext.den(seed, rho) for rho in PAPER_RHOS)
         yield comparison("resnext_29_2x64d").dense(seed)
 
 
 def small_comparison() -> Comparison:
     """A part of CIFAR-10 and a small WRN, images entering at 16x16."""
-    model = {"name": "wrn_14_2", "selector": "light", "base_size": 16}
+    model = {"name": "wrn_14_1", "selector": "light", "base_size": 16}
     tasks = {"cifar10": {"dataset": "cifar10", "subset": 10_000}}
-    return Comparison("c1", "small", "wrn_14_2", tasks, model, SMALL)
+    return Comparison("c1", "small", "wrn_14_1", tasks, model, SMALL)
 
 
 def _small(seed: int, first_seed: int) -> Iterator[Recipe]:

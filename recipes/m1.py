@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
-from den.config import EstimatorConfig, SelectorConfig, TrainConfig
 from recipes.recipe import Recipe
-from recipes.settings import PAPER, PAPER_RHOS, Comparison, Scale, for_seeds, paper_model
+from recipes.settings import PAPER, PAPER_RHOS, SMALL, Comparison, Scale, for_seeds, paper_model
 
 PAPER_TASKS = {
     "cifar100": {"dataset": "cifar100"},
@@ -17,36 +18,33 @@ PAPER_TASKS = {
 PAPER_ORDER = ("tiny_imagenet", "cifar100", "stl10")
 
 # 32x32, 28x28 and 8x8; with base_size 14 their first maps are 16x16, 14x14 and 8x8.
-SMALL_TASKS = {
-    "cifar10": {"dataset": "cifar10", "subset": 10_000},
-    "fashion_mnist": {"dataset": "fashion_mnist", "subset": 10_000},
+SMALL_TASKS: dict[str, dict[str, Any]] = {
+    "cifar10": {"dataset": "cifar10", "subset": 6_000},
+    "fashion_mnist": {"dataset": "fashion_mnist", "subset": 6_000},
     "digits": {"dataset": "digits"},
 }
 SMALL_ORDER = ("digits", "fashion_mnist", "cifar10")
-SMALL_RHOS = (0.3,)
-SMALL = TrainConfig(
-    stages=2,
-    batch_size=64,
-    estimator=EstimatorConfig(
-        first_epochs=4, epochs=2, settle_epochs=2, schedule="cosine", decay=0.5, full_share=0.2
-    ),
-    selector=SelectorConfig(lr=3e-3, epochs=2, paths=4, baseline="leave_one_out", epsilon_decay=0.97),
-)  # fmt: skip
+SMALL_COST = 0.5  # mean of the tasks, met by dual ascent: the selector spends it where it helps
 
 
 def m1(scale: Scale, seeds: Sequence[int] = (0,)) -> list[Recipe]:
     """Three tasks at three image scales: independent networks, NestedNet, PackNet* and DEN (Table 2)."""
     if scale == "paper":
-        compared = [_paper(name) for name in ("resnet_42", "wrn_32_4")]
-        rhos, order = PAPER_RHOS, PAPER_ORDER
+        compared, order = [_paper(name) for name in ("resnet_42", "wrn_32_4")], PAPER_ORDER
     else:
         model = {"name": "wrn_14_2", "selector": "light", "base_size": 14, "task_norm": "per_task"}
-        compared = [Comparison("m1", scale, "wrn_14_2", SMALL_TASKS, model, SMALL)]
-        rhos, order = SMALL_RHOS, SMALL_ORDER
+        compared, order = [Comparison("m1", scale, "wrn_14_2", SMALL_TASKS, model, SMALL)], SMALL_ORDER
+
+    def dens(comparison: Comparison, seed: int) -> Iterator[Recipe]:
+        if scale == "paper":
+            yield from (comparison.den(seed, rho) for rho in PAPER_RHOS)
+        else:
+            train = replace(comparison.train, rho=0.3, target_cost=SMALL_COST)
+            yield comparison.recipe(seed, "den", train=train, variant=f"cost{SMALL_COST:g}")
 
     def runs(seed: int) -> Iterator[Recipe]:
         for comparison in compared:
-            yield from (comparison.den(seed, rho) for rho in rhos)
+            yield from dens(comparison, seed)
             yield comparison.recipe(seed, "independent", row="Baseline")
             yield comparison.recipe(seed, "nestednet", row="NestedNet", options={"order": order})
             yield comparison.recipe(seed, "packnet", row="PackNet*", options={"order": order})

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from den.config import EstimatorConfig, SelectorConfig, TrainConfig
 from recipes.recipe import Recipe
-from recipes.settings import PAPER, PAPER_RHOS, Comparison, Scale, for_seeds, paper_model
+from recipes.settings import PAPER, PAPER_RHOS, SMALL, Comparison, Scale, for_seeds, paper_model
 
 # "batch size of 256 for large-scale dataset (ImageNet)": ours of all ten tasks together, 26 images of each.
 PAPER_BATCH = 26
@@ -17,14 +16,6 @@ PAPER_SIZES = (84, 224)
 
 SMALL_SETS = ("cifar10", "fashion_mnist", "mnist")  # ten classes each: two tasks of five
 SMALL_RHOS = (0.3,)
-SMALL = TrainConfig(
-    stages=2,
-    batch_size=32,
-    estimator=EstimatorConfig(
-        lr=0.05, first_epochs=4, epochs=2, settle_epochs=2, schedule="cosine", decay=0.5, full_share=0.2
-    ),
-    selector=SelectorConfig(lr=3e-3, epochs=2, paths=4, baseline="leave_one_out", epsilon_decay=0.97),
-)  # fmt: skip
 
 
 def m2(scale: Scale, seeds: Sequence[int] = (0,)) -> list[Recipe]:
@@ -33,7 +24,7 @@ def m2(scale: Scale, seeds: Sequence[int] = (0,)) -> list[Recipe]:
     At the small scale six tasks of five classes, of three data sets at 32x32.
     """
     if scale == "paper":
-        compared, rhos = [_paper(size) for size in PAPER_SIZES], PAPER_RHOS
+        compared = [_paper(size) for size in PAPER_SIZES]
     else:
         tasks = {
             f"{name}_{index}": {"dataset": name, "subset": 2_000, "image_size": 32, "group": (index, 2, 5)}
@@ -41,13 +32,16 @@ def m2(scale: Scale, seeds: Sequence[int] = (0,)) -> list[Recipe]:
             for index in range(2)
         }
         model = {"name": "simple_conv_net", "selector": "light", "image_size": 32, "base_size": 32}
-        compared, rhos = [Comparison("m2", scale, "simple_conv_net", tasks, model, SMALL)], SMALL_RHOS
+        train = replace(SMALL, batch_size=32)
+        compared = [Comparison("m2", scale, "simple_conv_net", tasks, model, train)]
+    rhos: tuple[float, ...] = PAPER_RHOS if scale == "paper" else SMALL_RHOS
 
     def runs(seed: int) -> Iterator[Recipe]:
         for comparison in compared:
             large = comparison.model["name"] == "simple_conv_net_224"
             for rho in rhos:
-                yield comparison.den(seed, rho, row=f"{'DEN' if large else 'DENs'} (rho = {rho:g})")
+                row = f"{'DEN' if large else 'DENs'} (rho = {rho:g})" if rho in PAPER_RHOS else None
+                yield comparison.den(seed, rho, row=row)
             if not large:  # the paper has its competitors at 84x84 alone
                 yield comparison.dense(seed)
                 yield comparison.recipe(seed, "cross_stitch", row="Cross-stitch")

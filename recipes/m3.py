@@ -5,19 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from den.config import EstimatorConfig, SelectorConfig, TrainConfig
 from recipes.recipe import Recipe
-from recipes.settings import PAPER, Comparison, Scale, for_seeds, paper_model
+from recipes.settings import PAPER, SMALL, Comparison, Scale, for_seeds, paper_model
 
 ORDER = ("coarse", "fine")  # "the lowest and highest levels [...] to perform the coarse and fine classifications"
-SMALL = TrainConfig(
-    stages=2,
-    batch_size=64,
-    estimator=EstimatorConfig(
-        first_epochs=4, epochs=2, settle_epochs=2, schedule="cosine", decay=0.5, full_share=0.2
-    ),
-    selector=SelectorConfig(lr=3e-3, epochs=2, paths=4, baseline="leave_one_out", epsilon_decay=0.97),
-)  # fmt: skip
 
 
 def m3(scale: Scale, seeds: Sequence[int] = (0,)) -> list[Recipe]:
@@ -31,8 +22,8 @@ def m3(scale: Scale, seeds: Sequence[int] = (0,)) -> list[Recipe]:
         rhos: tuple[float, ...] = (1.0,)
     else:
         data = {"dataset": "cifar10", "subset": 10_000}
-        model = {"name": "wrn_14_2", "selector": "light", "base_size": 16}
-        compared, rhos = Comparison("m3", scale, "wrn_14_2", _both(data), model, SMALL), (0.3,)
+        model = {"name": "wrn_14_1", "selector": "light", "base_size": 16}
+        compared, rhos = Comparison("m3", scale, "wrn_14_1", _both(data), model, SMALL), (0.3,)
     apart = {head: {**data, "labels": head} for head in ORDER}
 
     def runs(seed: int) -> Iterator[Recipe]:

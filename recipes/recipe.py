@@ -112,8 +112,8 @@ def fit(
     """Train a recipe's model, a DEN or a dense network, on its tasks."""
     torch.manual_seed(recipe.train.seed)
     model = den.create_model(tasks={task.name: task.num_classes for task in tasks}, **recipe.model)
-    told = {"source": recipe.source(data), "about": recipe.about, "on_epoch": on_epoch}
-    Trainer(model, tasks, recipe.train, **told).fit()
+    source = recipe.source(data)
+    Trainer(model, tasks, recipe.train, source=source, about=recipe.about, on_epoch=on_epoch).fit()
     return model.eval()
 
 

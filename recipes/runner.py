@@ -116,7 +116,7 @@ def _row(key: str, policy: str, summaries: Sequence[dict[str, Any]]) -> dict[str
         "deviation": round(statistics.stdev(means), 4) if len(means) > 1 else None,
         "cost": round(over("cost_mean"), 4),
         "mflops": round((over("flops_mean") + over("selector_flops")) / 1e6, 4),
-        "parameters": round(over("stored_parameters")),
+        "parameters": round(over("parameters")),
     }
 
 

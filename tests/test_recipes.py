@@ -14,8 +14,9 @@ from test_data import write_cifar10
 
 import den
 from den.config import EstimatorConfig, SelectorConfig, TrainConfig
+from den.data import ImageSet
 from den.results import read_evaluations
-from den.tasks import load_task
+from den.tasks import Task, load_task, make_task
 from recipes.__main__ import EXPERIMENTS, main
 from recipes.plan import PUBLISHED, build, heads_of, plan, training_images
 from recipes.recipe import OWN, Recipe, competitor_config, dense_twin, estimator_epochs
@@ -241,7 +242,7 @@ def test_cut_off_experiment_goes_on_to_the_same_end(tmp_path: Path) -> None:
     assert [(row["run"], row["policy"]) for row in rows] == [
         ("digits/den_rho0.5", "selector"), ("digits/den_rho0.5", "random"), ("digits/dense", "full"),
     ]  # fmt: skip
-    assert rows[2]["cost"] == 1
+    assert (rows[2]["cost"], rows[2]["parameters"]) == (1, plan(recipes[1]).parameters)
     assert rows[2]["mflops"] == pytest.approx(plan(recipes[1]).mflops, abs=1e-4)
     assert "digits/dense" in results_table(rows)
     config = json.loads((cut / recipes[0].key / "config.json").read_text())
@@ -284,6 +285,49 @@ def test_static_network_takes_the_flops_of_the_den(tmp_path: Path) -> None:
     assert config["train"]["epochs"] == estimator_epochs(comparison.train)
     fixed = results([slim], tmp_path)[0]
     assert fixed["mflops"] * 1e6 == pytest.approx(spent * plan(den_run).mflops * 1e6, rel=0.15)
+
+
+def random_tasks(recipe: Recipe, data: Path | None) -> list[Task]:
+    """Noise of the right shapes in place of a recipe's data, two batches of it."""
+    tasks = []
+    for name, options in recipe.tasks.items():
+        known = PUBLISHED[options["dataset"]]
+        size = options.get("image_size", known.size)
+        classes = heads_of({name: options})
+        names: Any = {head: [str(i) for i in range(count)] for head, count in classes.items()}
+        labels = torch.stack([torch.arange(2 * BATCH) % count for count in classes.values()], 1)
+        if options.get("labels") != "both":
+            names, labels = names[name], labels[:, 0]
+        pixels = torch.randint(256, (2 * BATCH, 3, size, size), dtype=torch.uint8)
+        images = ImageSet(pixels, labels, names)
+        tasks += make_task(name, images, images).by_head()
+    return tasks
+
+
+BATCH = 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_small_recipe_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One epoch a phase, on noise: each method takes its tasks, model and settings."""
+    monkeypatch.setattr(Recipe, "load", random_tasks)
+    recipes = []
+    for recipe in EXPERIMENTS[name]("small"):
+        train = replace(recipe.train, batch_size=BATCH, progress=False)
+        e, s = train.estimator, train.selector
+        train.estimator = replace(e, first_epochs=1, epochs=1, full_epochs=0, settle_epochs=min(1, e.settle_epochs))
+        train.selector = replace(s, epochs=min(1, s.epochs))
+        options = {key: 1 if key.endswith("epochs") else value for key, value in recipe.options.items()}
+        recipes.append(replace(recipe, train=train, options=options))
+    run(recipes, tmp_path, None, log=lambda text: None)
+    rows = results(recipes, tmp_path)
+    assert {row["run"] for row in rows} == {recipe.method_key for recipe in recipes}
+    for recipe in recipes:
+        heads = list(heads_of(recipe.tasks))
+        mine = [row for row in rows if row["run"] == recipe.method_key]
+        assert all(list(row["accuracy"]) == heads for row in mine)
+        assert all(row["mflops"] > 0 and row["parameters"] > 0 for row in mine)
 
 
 def test_dense_twin_has_nothing_of_a_den() -> None:

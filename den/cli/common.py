@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from den.tasks import Task
 
 DATA_SETS = (
-    "cifar10", "cifar100", "stl10", "mnist", "fashion_mnist", "tiny_imagenet", "folder", "digits", "mnist_subset",
+    "cifar10", "cifar100", "stl10", "mnist", "fashion_mnist", "tiny_imagenet", "mini_imagenet", "folder", "digits",
+    "mnist_subset",
 )  # fmt: skip
 
 

@@ -6,13 +6,11 @@ Legend: N images.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
 
 import torch
 
-from .images import ImageSet, LazyImages
+from .images import Images
 
-ImagesT = TypeVar("ImagesT", ImageSet, LazyImages)
 GROUPS_SEED = 0  # of the order in which classes fall into groups: the same tasks in every run, whatever its seed
 
 
@@ -38,7 +36,7 @@ def class_group(names: Sequence[str], group: Sequence[int]) -> list[str]:
     return [names[i] for i in sorted(order[index * size : (index + 1) * size])]
 
 
-def with_classes(images: ImagesT, names: Sequence[str]) -> ImagesT:
+def with_classes(images: Images, names: Sequence[str]) -> Images:
     """The images of these classes alone, labelled in the order of `names`.
 
     Raises ValueError for a class that the set lacks, a class twice, and images of several labels.
