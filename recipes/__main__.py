@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from den.data import SOURCES
 from recipes.ablations import initial, levels
 from recipes.c1 import c1
 from recipes.m1 import m1
@@ -61,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.dry_run:
         print(plan_table([plan(recipe) for recipe in recipes]))
         return 0
+    needed = _needed(recipes)
+    if given.data is None and needed:
+        made.error(f"--data is missing; give the folder that holds {', '.join(needed)} (docs/recipes.md: where from)")
     out = given.out or Path("runs") / given.experiment
     try:
         run(recipes, out, given.data, log=_log, on_epoch=_epoch)
@@ -70,6 +74,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = results(recipes, out)
     print(json.dumps(rows, indent=2) if given.json else results_table(rows))
     return 0
+
+
+def _needed(recipes: Sequence[Recipe]) -> list[str]:
+    """Data sets that have to be on disk."""
+    names = dict.fromkeys(str(task["dataset"]) for recipe in recipes for task in recipe.tasks.values())
+    return [name for name in names if not SOURCES[name].packaged]
 
 
 def _log(text: str) -> None:

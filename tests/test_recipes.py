@@ -186,6 +186,9 @@ def test_missing_data_is_told_in_a_line(tmp_path: Path, capsys: pytest.CaptureFi
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(f"error: {tmp_path}/cifar-10-batches-bin/batches.meta.txt is missing: get the data set")
     assert "https://www.cs.toronto.edu/~kriz/cifar.html" in last
+    with pytest.raises(SystemExit):
+        main(["m1"])
+    assert "--data is missing; give the folder that holds cifar10, fashion_mnist (docs" in capsys.readouterr().err
 
 
 def micro(**more: Any) -> Comparison:
