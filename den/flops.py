@@ -105,7 +105,7 @@ def count_parameters(model: DEN | FrozenDEN | Estimator, level: Sequence[int] | 
 
 
 def active_parameters(model: DEN | FrozenDEN | Estimator, level: Sequence[int] | Tensor) -> Tensor:
-    """Parameters of each sample's path, counted as `count_parameters` does: int64 [N]. level: integers [N, B] or [B]."""
+    """Parameters of each sample's path, counted as `count_parameters` does: int64 [N]. level: integers [N, B]."""
     estimator = _estimator(model)
     table_BL = torch.tensor([block.param_counts for block in _blocks(estimator)], dtype=torch.int64)
     level_NB = _level(level, *table_BL.shape)
