@@ -77,6 +77,11 @@ class Means:
         """One step's value, a scalar."""
         self._values.setdefault(name, []).append(torch.as_tensor(value, dtype=torch.float32).detach())
 
+    def add_usage(self, used_L: Tensor) -> None:
+        """How often one step's blocks ran each level: the shares, as level_0, level_1, ..."""
+        for level, share in enumerate(used_L / used_L.sum()):
+            self.add(f"level_{level}", share)
+
     def __contains__(self, name: str) -> bool:
         return name in self._values
 

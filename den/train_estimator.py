@@ -137,6 +137,7 @@ class EstimatorTraining:
         else:
             means.add("cost", cost)
         self.usage_BL += used_BL
+        means.add_usage(used_BL.sum(0))
 
     # Around the optimizer
 

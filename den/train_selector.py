@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from den.budget import Conditioning, RhoControl
@@ -92,10 +93,12 @@ class SelectorTraining:
             if self.settings.entropy:
                 loss = loss - self.settings.entropy * entropy(logits).mean()
             losses.append(loss)
-            cost_N = path_cost(logits.detach().argmax(2), table_BL)
+            level_NB = logits.detach().argmax(2)
+            cost_N = path_cost(level_NB, table_BL)
             self.control.update(self.loop.of_all(cost_N), None if budget_N is None else self.loop.of_all(budget_N))
             means.add("reward", reward.mean())
             means.add("cost", cost_N.mean())
+            means.add_usage(F.one_hot(level_NB, self.model.num_levels).sum((0, 1)))
             means.add("entropy", entropy(logits.detach()).mean())
             if self.control.fixed is None:
                 means.add("rho", self.control.log_rho_K.exp().mean())
