@@ -87,7 +87,8 @@ def _tensors(evaluation: Evaluation) -> dict[str, Tensor]:
         tensors["parameters"] = evaluation.parameters.long()
     if evaluation.probs is not None:
         tensors["level_probs"] = evaluation.probs.half()
-    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    # Clones: safetensors refuses tensors that share memory, as two policies may.
+    return {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
 def read_evaluations(folder: str | os.PathLike[str]) -> dict[str, dict[str, Evaluation]]:
