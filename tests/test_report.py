@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from den import report
+from tests.report_cases import check_written
 
 ROOT = Path(__file__).parents[1]
 RATIOS = (0, 0.25, 0.5, 1)
@@ -52,18 +52,6 @@ SUMMARY = {
         "level 0": point(12, 0.2e6),
     }
 }
-
-
-def check_written(paths: list[Path], *texts: str) -> None:
-    """The files are a picture that is not blank, and an SVG that holds the texts."""
-    png, svg = paths
-    pixels = np.asarray(Image.open(png).convert("L"))
-    assert pixels.shape[0] > 300
-    assert pixels.std() > 5
-    drawn = svg.read_text()
-    for text in texts:
-        assert text in drawn
-    assert not list(png.parent.glob(".*"))
 
 
 def test_accuracy_against_flops(tmp_path):

@@ -18,6 +18,7 @@ COMMANDS = {
     "train": ("train", "Train", "train a DEN on one or several data sets"),
     "eval": ("evaluate", "Eval", "accuracy, cost and FLOPs of a trained DEN"),
     "bench": ("bench", "Bench", "time of the dense network against the frozen DEN"),
+    "report": ("report", "Report", "tables and pictures of runs, beside the paper's, in one page"),
     "predict": ("predict", "Predict", "class, probability, path and cost of image files"),
 }
 USAGE = 2

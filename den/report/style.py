@@ -45,12 +45,27 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def panels(count: int, *, width: float, height: float, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+    """Panels beside each other, each of this size in inches."""
     figure = new_figure(max(NARROWEST, width * count), height)
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
         axes = figure.subplots(1, count, squeeze=False, sharey=sharey)[0]
     return figure, list(axes)
+
+
+def panel_grid(count: int, *, width: float, height: float, columns: int = 2) -> tuple[Figure, list[Axes]]:
+    """Panels in rows of so many, each of this size in inches; places that are left over stay empty."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = new_figure(max(NARROWEST, width * columns), height * rows)
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[count:]:
+        axis.set_axis_off()
+    return figure, axes[:count]
 
 
 def legend(figure: Figure, axes: Sequence[Axes]) -> None:
@@ -63,8 +78,10 @@ def legend(figure: Figure, axes: Sequence[Axes]) -> None:
 
 
 def place_legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """A legend below all panels, as many entries beside each other as fit; the figure grows by what more rows take."""
     fitting = max(1, int(figure.get_figwidth() // 2.75))
     rows = -(-len(handles) // fitting)
+    figure.set_figheight(figure.get_figheight() + 0.2 * (rows - 1))
     columns = -(-len(handles) // rows)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
 
@@ -91,6 +108,7 @@ def write(figure: Figure, path: str | os.PathLike[str], title: str, conditions: 
 
 
 def patch(colour: Any, label: str) -> Any:
+    """A handle of a legend: a filled rectangle."""
     from matplotlib.patches import Patch
 
     return Patch(color=colour, label=label)
@@ -105,14 +123,17 @@ def level_colours(count: int) -> list[Any]:
 
 
 def share_of_channels(ratio: float) -> str:
+    """A level in words."""
     if ratio == 0:
         return "block left out"
-    return "all channels" if ratio == 1 else f"{100 * ratio:g}% of channels"
+    return "all channels" if ratio == 1 else f"{100 * ratio:.3g}% of channels"
 
 
 def ticks(count: int) -> range:
+    """Numbers of blocks, from 1, at which an axis is marked."""
     return range(1, count + 1, 1 if count <= 12 else 2)
 
 
 def faster(ratio: float) -> str:
+    """A ratio of times in words."""
     return f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
