@@ -206,7 +206,9 @@ class Loop:
         """Rows [N, ...] of every process, in the order that one process would have them: [processes * N, ...]."""
         if self.fabric.world_size == 1:
             return values
-        return cast(Tensor, self.fabric.all_gather(values)).transpose(0, 1).flatten(0, 1)
+        rows = [torch.empty_like(values) for _ in range(self.fabric.world_size)]
+        torch.distributed.all_gather(rows, values.contiguous())
+        return torch.stack(rows, 1).flatten(0, 1)
 
     def mine(self, values: Tensor, dim: int = 0) -> Tensor:
         """This process's rows of what was drawn for all of them, so that several draw what one would."""

@@ -101,7 +101,7 @@ class RunFolder:
             save_file(_tensors(model), fresh / checkpoint.TENSORS)
         tensors = {"generator": generator.get_state()}
         for name, module in extra.items():
-            tensors.update({f"{name}.{key}": tensor for key, tensor in _tensors(module).items()})
+            tensors.update({f"extra.{name}.{key}": tensor for key, tensor in _tensors(module).items()})
         groups = {}
         for name, optimizer in optimizers.items():
             state, groups[name] = _flatten(optimizer.state_dict())
@@ -134,7 +134,7 @@ class RunFolder:
             raise ValueError(f"{self.checkpoint} cannot be resumed from: {error}") from error
         generator.set_state(tensors.pop("generator"))
         for name, module in extra.items():
-            module.load_state_dict(_under(name, tensors))
+            module.load_state_dict(_under(f"extra.{name}", tensors))
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(_unflatten(_under(name, tensors), values["optimizers"][name]))
         return values

@@ -41,8 +41,8 @@ class Train:
     """Share of the training images held out for the selector (--selector.split val)."""
     image_size: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """Side that images are resized to; None: as published. Needed for a folder of unequal sizes."""
-    labels: Literal["fine", "coarse"] = "fine"
-    """Labels of cifar100."""
+    labels: Literal["fine", "coarse", "both"] = "fine"
+    """Labels of cifar100; both: two tasks whose images take one path each, which both heads read."""
     model: str = "wrn_20_2"
     """Backbone: wrn_{depth}_{width factor}, such as wrn_32_4, or simple_conv_net."""
     ratios: Annotated[tuple[float, ...], tyro.conf.arg(metavar="FLOAT [FLOAT ...]")] = ()
@@ -56,6 +56,9 @@ class Train:
     """Statistics of a batch norm behind an elastic input: one set a level, or one."""
     selector: Literal["paper", "light"] = "paper"
     """The selector's network: the paper's, or one of at most 3% of the estimator's FLOPs."""
+    budget: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    """Tell the selector the mean cost that it is to keep to, so that one model serves every budget; this is the one
+    where none is given. None: it follows --rho or --target-cost alone."""
     task_norm: Literal["shared", "per_task"] = "shared"
     """Batch norm with one set of statistics for all tasks, or one a task."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
@@ -88,9 +91,12 @@ class Train:
         from den.tasks import load_task
         from den.trainer import Trainer
 
-        sources = [self._source(entry) for entry in self.data]
+        labels = ("fine", "coarse") if self.labels == "both" else (self.labels,)
+        sources = [self._source(entry, label) for entry in self.data for label in labels]
         with user_input():
             tasks = [load_task(**source) for source in sources]
+            if len(labels) > 1:
+                tasks = [replace(task, joint=source["dataset"]) for task, source in zip(tasks, sources, strict=True)]
             names = [task.name for task in tasks]
             if len(set(names)) < len(names):
                 raise UserError(f"--data names a data set twice: {', '.join(names)}")
@@ -103,6 +109,7 @@ class Train:
                 bn=self.bn,
                 selector=self.selector,
                 task_norm=self.task_norm,
+                budget=self.budget,
                 base_size="default" if self.base_size is None else self.base_size,
             )
             try:
@@ -116,17 +123,20 @@ class Train:
                 )
             except MisconfigurationException as error:
                 raise UserError(str(error)) from error
-        for task in tasks:
+        first = trainer.loop.fabric.is_global_zero
+        for task in tasks if first else ():
             log(f"{task!r}")
         with user_input(OSError, ValueError):
             summary = trainer.fit()
+        if not first:
+            return
         if self.json:
             print_json({"out": str(self.config.out), "tasks": summary})
         else:
             print(summary_table(summary))
             print(f"written to {self.config.out}")
 
-    def _source(self, entry: str) -> dict[str, Any]:
+    def _source(self, entry: str, labels: str) -> dict[str, Any]:
         return {
             **data_source(entry, self.root),
             "subset": self.subset,
@@ -134,13 +144,13 @@ class Train:
             "channels": self.in_channels,
             "val_fraction": self.val_fraction,
             "image_size": self.image_size,
-            "labels": self.labels,
+            "labels": labels,
         }
 
     def _epoch(self, record: dict[str, Any]) -> None:
         settling = record["stage"] == self.config.stages
         stage = "settling" if settling else f"stage {record['stage'] + 1}/{self.config.stages}"
-        values = [f"{key} {record[key]:.4g}" for key in ("loss", "accuracy", "cost", "entropy") if key in record]
+        values = [f"{key} {record[key]:.4g}" for key in ("loss", "accuracy", "cost", "entropy", "rho") if key in record]
         log(f"{stage}, {record['phase']}, epoch {record['epoch'] + 1}: {', '.join(values)}, {record['seconds']:.1f} s")
 
     def _plain(self) -> dict[str, Any]:
@@ -168,6 +178,7 @@ def _restore(default: Any, values: dict[str, Any]) -> Any:
         name: _restore(getattr(default, name), value) if is_dataclass(getattr(default, name)) else value
         for name, value in values.items()
     }
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     return replace(default, **given)
 
 
