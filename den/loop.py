@@ -109,7 +109,8 @@ class Phase:
     epochs: the most that are run.
     stage: of several phases of one kind; logged.
     title: of the progress bar.
-    split, tasks: the images to go through, and the names of the tasks (None: all).
+    split, tasks: the images to go through, and the names of the tasks (None: all; with several processes a phase has to
+        use every parameter of what steps, heads too).
     patience: epochs without progress that end the phase; 0 runs all.
     watch: the mean whose fall is progress, logged as the loss: what `step` returns, or another that it adds.
     begin: called before the first epoch, also of a resumed run: modes, frozen copies.

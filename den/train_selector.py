@@ -74,7 +74,8 @@ class SelectorTraining:
         self.model.estimator.eval()
         # The estimator does not change in this phase, so its fast form gives the rewards.
         if self.settings.gradient == "policy":
-            self.frozen = freeze(self.model)
+            half = self.config.precision.startswith("bf16")
+            self.frozen = freeze(self.model, torch.bfloat16 if half else None)
         else:
             self.model.estimator.requires_grad_(False)
 

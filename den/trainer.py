@@ -65,7 +65,7 @@ class Trainer:
         adam = torch.optim.Adam(model.selector.parameters(), config.selector.lr)
         estimator = loop.setup("estimator", model.estimator, sgd)
         selector = loop.setup("selector", model.selector, adam)
-        weights = dict(zip(model.tasks, config.task_weights or [1.0] * len(model.tasks), strict=True))
+        weights = dict(zip([task.name for task in tasks], config.task_weights or [1.0] * len(tasks), strict=True))
         fixed = weighting = TaskLoss(weights, False)
         if config.weighting == "uncertainty":
             weighting = TaskLoss(weights, True).to(loop.device)

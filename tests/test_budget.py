@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import den_cases as cases
 import pytest
 import torch
 
@@ -11,7 +12,6 @@ import den
 from den.budget import GRID, Conditioning, at_budget
 from den.config import EstimatorConfig, SelectorConfig, TrainConfig
 from den.losses import path_cost
-from tests import den_cases as cases
 
 
 def budgeted(**more) -> den.DEN:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import den_cases as cases
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,6 @@ import den
 from den.config import SelectorConfig, TrainConfig
 from den.joint import parts
 from den.loop import Batch, Means
-from tests import den_cases as cases
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 CLASSES = {"fine": 10, "coarse": 2}

@@ -22,9 +22,9 @@ def digits() -> Task:
     return load_task("digits", subset=256, val_fraction=0.25)
 
 
-def small_model() -> den.DEN:
+def small_model(budget: float | None = None) -> den.DEN:
     torch.manual_seed(0)
-    return den.create_model("wrn_8_1", {"digits": 10}, selector="light")
+    return den.create_model("wrn_8_1", {"digits": 10}, selector="light", budget=budget)
 
 
 def small_config(out: Path | None, **changes) -> TrainConfig:
@@ -79,9 +79,20 @@ def test_estimator_settles_after_the_last_stage(digits: Task, tmp_path: Path) ->
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == len(records)
 
 
-def test_killed_run_resumes_to_the_same_numbers(digits: Task, tmp_path: Path, monkeypatch) -> None:
-    whole = small_model()
-    expected = Trainer(whole, [digits], small_config(tmp_path / "whole")).fit()
+def with_options(out: Path, **changes) -> TrainConfig:
+    """Every option that has a state of its own or draws at random."""
+    config = small_config(out, weighting="uncertainty", dual_rate=1.0, **changes)
+    config.estimator = replace(config.estimator, ema=0.5, sandwich=True, rare_boost=0.5, warmup_epochs=1)
+    config.selector = replace(config.selector, baseline="moving_average", cost="expected", entropy=0.01)
+    return config
+
+
+@pytest.mark.parametrize(("configure", "budget"), [(small_config, None), (with_options, 0.5)])
+def test_killed_run_resumes_to_the_same_numbers(
+    digits: Task, tmp_path: Path, monkeypatch, configure, budget: float | None
+) -> None:
+    whole = small_model(budget)
+    expected = Trainer(whole, [digits], configure(tmp_path / "whole")).fit()
 
     class Killed(Exception):
         pass
@@ -97,10 +108,10 @@ def test_killed_run_resumes_to_the_same_numbers(digits: Task, tmp_path: Path, mo
 
     monkeypatch.setattr(RunFolder, "append_metrics", dying)
     with pytest.raises(Killed):
-        Trainer(small_model(), [digits], small_config(tmp_path / "part")).fit()
+        Trainer(small_model(budget), [digits], configure(tmp_path / "part")).fit()
     monkeypatch.setattr(RunFolder, "append_metrics", real)
-    resumed = small_model()
-    actual = Trainer(resumed, [digits], small_config(tmp_path / "part", resume=True)).fit()
+    resumed = small_model(budget)
+    actual = Trainer(resumed, [digits], configure(tmp_path / "part", resume=True)).fit()
     assert actual == expected
     assert torch.equal(weights(resumed), weights(whole))
     lines = [
