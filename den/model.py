@@ -81,7 +81,7 @@ class DEN(nn.Module):
                 Else the caller does: integers [N, B], or [B] for every sample alike; the selector does not
                     run.
             budget: for a model made with one: the mean cost that the selector is to keep to, in (0, 1], a number or
-                [N]; None: the model's own. Meaningless beside a level.
+                [N]; None: the model's own. Not together with a level.
 
         Returns: a `DENOutput`.
 
