@@ -19,7 +19,8 @@ from den.losses import path_cost
 GRID = 11
 HIDDEN = 16
 LEAST = 0.05  # of the budgets drawn in training
-RHO_RANGE = (1e-3, 1e3)
+LOG_RHO = (math.log(1e-3), math.log(1e3))
+PROPORTION, RECENT = 5.0, 0.2
 Budget = float | Tensor
 
 
@@ -112,25 +113,29 @@ class RhoControl(nn.Module):
     """rho of equation 5: fixed, or found by dual ascent, so that the mean cost is the one wanted.
 
     log rho rises by `rate` times what the argmax paths cost beyond what is wanted, in every step, and falls likewise.
-    With budgets there is a rho for each: a table over the grid.
+    Ascent alone overshoots and swings, for paths answer late; so log rho also has a part in proportion to that excess
+    (Stooke et al. 2020). With budgets there is a rho for each: a table over the grid.
 
     rho: to begin with. target: mean cost wanted; None: rho stays, unless budgets are given.
     """
 
     log_rho_K: Tensor
+    excess_K: Tensor
 
     def __init__(self, rho: float, target: float | None, rate: float, budgets: bool):
         super().__init__()
         self.fixed = rho if target is None and not budgets else None
         self.target, self.rate = target, rate
-        start = math.log(min(max(rho, RHO_RANGE[0]), RHO_RANGE[1]))
+        start = math.log(min(max(rho, 1e-3), 1e3))
         self.register_buffer("log_rho_K", torch.full((GRID if budgets else 1,), start))
+        self.register_buffer("excess_K", torch.zeros_like(self.log_rho_K))  # of the last steps, a running mean
 
     def rho(self, budget_N: Tensor | None) -> Tensor | float:
         """rho for images of these budgets, [N]; or of all, a number or a scalar."""
         if self.fixed is not None:
             return self.fixed
-        return self.log_rho_K[0].exp() if budget_N is None else at_budget(self.log_rho_K, budget_N).exp()
+        log_rho_K = (self.log_rho_K + PROPORTION * self.excess_K).clamp(*LOG_RHO)
+        return log_rho_K[0].exp() if budget_N is None else at_budget(log_rho_K, budget_N).exp()
 
     @torch.no_grad()
     def update(self, cost_N: Tensor, budget_N: Tensor | None) -> None:
@@ -138,10 +143,11 @@ class RhoControl(nn.Module):
         if self.fixed is not None:
             return
         if budget_N is None:
-            self.log_rho_K += self.rate * (cost_N.mean() - self.target)
+            mean_K, seen_K = (cost_N.mean() - self.target)[None], 1.0
         else:
             nearest_N = (budget_N * (GRID - 1)).round().long()
             excess_K = torch.zeros_like(self.log_rho_K).index_add(0, nearest_N, cost_N - budget_N)
             count_K = torch.zeros_like(self.log_rho_K).index_add(0, nearest_N, torch.ones_like(cost_N))
-            self.log_rho_K += self.rate * excess_K / count_K.clamp(min=1)
-        self.log_rho_K.clamp_(math.log(RHO_RANGE[0]), math.log(RHO_RANGE[1]))
+            mean_K, seen_K = excess_K / count_K.clamp(min=1), count_K.clamp(max=1)
+        self.log_rho_K.add_(self.rate * mean_K).clamp_(*LOG_RHO)
+        self.excess_K += RECENT * seen_K * (mean_K - self.excess_K)
