@@ -55,11 +55,7 @@ class Stitch(nn.Module):
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
         """T maps [N, C, ...] -> T maps of the same shape."""
-        shape = (1, -1) + (1,) * (maps[0].dim() - 2)
-        rows = (row.unbind() for row in self.alpha)
-        return [
-            torch.stack([a_C.view(shape) * x for a_C, x in zip(row, maps, strict=True)]).sum(0) for row in rows
-        ]  # fmt: skip
+        return list(torch.einsum("ijc,jnc...->inc...", self.alpha, torch.stack(maps)).unbind())
 
 
 class CrossStitchNetworks(TaskNetwork):

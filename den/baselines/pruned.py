@@ -22,7 +22,7 @@ from den.blocks import Block, BottleneckBlock, ConvPairBlock, LinearPairBlock, R
 from den.blocks.forms import plain_block
 from den.config import Rule
 from den.estimator import Estimator
-from den.flops import count_parameters, flops
+from den.flops import active_parameters, count_parameters, flops
 from den.loop import Batch, Phase, Rate
 from den.model import DENOutput, LevelLike, check_task, create_model
 
@@ -98,11 +98,10 @@ class PrunedNetwork(TaskNetwork):
     def account(self, level_NB: Tensor, image_size: tuple[int, int]) -> dict[str, Any]:
         e = self.estimator
         ratio_BL = torch.tensor([[count / b.param_counts[FULL] for count in b.param_counts] for b in self.blocks])
-        parameters = [count_parameters(e, path) for path in level_NB]
         return {
             "cost": ratio_BL[torch.arange(self.num_blocks), level_NB].mean(1),
-            "flops": flops(self, level_NB, image_size),  # type: ignore[arg-type]
-            "parameters": torch.tensor(parameters),
+            "flops": flops(cast(Any, self), level_NB, image_size),
+            "parameters": active_parameters(e, level_NB),
             "stored_parameters": count_parameters(e, [PRUNED] * self.num_blocks),
         }
 

@@ -47,19 +47,22 @@ def slim_path(
     if not 0 < share <= 1:
         raise ValueError(f"share is {share}; it must be above 0 and at most 1")
     more = {"selector": "light", **(options or {}), "bn": "shared"}
-    full = create_model(model, {"any": 2}, **more).estimator
-    units = min(_units(block) for block in full.blocks)  # type: ignore[arg-type]
-    first = 0 if full.hierarchy.has_identity else 1
-    grid = [unit / units for unit in range(first, units + 1)]
-    scale = create_model(model, {"any": 2}, **{**more, "ratios": grid}).estimator
+    with torch.device("meta"):  # they are counted, not run
+        full = create_model(model, {"any": 2}, **more).estimator
+        units = min(_units(block) for block in full.blocks)  # type: ignore[arg-type]
+        first = 0 if full.hierarchy.has_identity else 1
+        grid = [unit / units for unit in range(first, units + 1)]
+        scale = create_model(model, {"any": 2}, **{**more, "ratios": grid}).estimator
     macs_BL = block_macs(scale, image_size)
     fixed = fixed_macs(scale, image_size)
     wanted = share * (fixed + int(macs_BL[:, -1].sum())) - fixed
     totals_L = macs_BL.sum(0)
     lower = max(0, min(len(grid) - 2, int((totals_L <= wanted).sum()) - 1))
     blocks = len(macs_BL)
-    paths = [[lower + math.floor((b + 1) * m / blocks) - math.floor(b * m / blocks) for b in range(blocks)]
-             for m in range(blocks + 1)]  # fmt: skip
+    paths = [
+        [lower + math.floor((b + 1) * m / blocks) - math.floor(b * m / blocks) for b in range(blocks)]
+        for m in range(blocks + 1)
+    ]
     misses = [abs(float(macs_BL.gather(1, torch.tensor(path)[:, None]).sum()) - wanted) for path in paths]
     path = paths[min(range(len(paths)), key=misses.__getitem__)]
     ratios = tuple(dict.fromkeys((grid[lower], grid[lower + 1], 1.0)))
