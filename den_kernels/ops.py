@@ -213,9 +213,12 @@ def _norm_autograd(ctx, grad, *_):
 
 
 def _plan(level, num_levels):
-    cpu = load("cpu")
-    if level.device.type == "cpu" and cpu.unavailable() is None:
-        return cpu.plan_levels(level, num_levels)
+    native = {"cuda": "triton", "cpu": "cpu"}.get(level.device.type)
+    if native is not None:
+        backend = load(native)
+        # Levels are planned whatever the dtype of the maps; float32 is one that every backend takes.
+        if backend.unavailable() is None and backend.rejects(level.device, torch.float32) is None:
+            return backend.plan_levels(level, num_levels)
     return plan_levels(level, num_levels)
 
 

@@ -28,8 +28,11 @@ class LevelPlan(NamedTuple):
 
 
 def plan_levels(level_NB: Tensor, num_levels: int) -> LevelPlan:
-    """The plan of levels [N, B] in plain PyTorch, on their device. Its shapes do not depend on the levels."""
-    level_BN = level_NB.t().to(torch.int32, memory_format=torch.contiguous_format)
+    """The plan of levels [N, B] in plain PyTorch, on their device. Its shapes do not depend on the levels.
+
+    A level out of range is taken as the nearest: telling the caller would wait for the device.
+    """
+    level_BN = level_NB.t().clamp(0, num_levels - 1).to(torch.int32, memory_format=torch.contiguous_format)
     order_BN = torch.argsort(level_BN, dim=1, descending=True, stable=True).to(torch.int32)
     steps_L = torch.arange(num_levels, device=level_NB.device)
     count_BL = (level_BN.unsqueeze(2) >= steps_L).sum(1, dtype=torch.int32)

@@ -11,7 +11,7 @@ import torch
 
 from den_kernels import reference
 from den_kernels.backends import triton as backend
-from den_kernels.backends.triton import configs
+from den_kernels.backends.triton import configs, plan
 from den_kernels.plan import plan_levels
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2}
@@ -292,3 +292,21 @@ def test_a_map_that_is_not_channels_last_is_refused():
     x = _random(2, block.channels, 4, 4)
     with pytest.raises(ValueError, match="x must be channels_last"):
         block.run(x, torch.zeros(2, dtype=torch.int32))
+
+
+@pytest.mark.parametrize(("samples", "blocks", "levels"), [(1, 1, 1), (9, 4, 3), (40, 3, 5), (37, 2, 4)])
+def test_plan_equals_plain_pytorch(samples, blocks, levels, monkeypatch):
+    """With tiles of 16 samples, so that the last case's order runs over three of them."""
+    monkeypatch.setattr(plan, "_TILE", 16)
+    level = torch.randint(levels, (samples, blocks), generator=torch.Generator().manual_seed(samples))
+    for case in (level, level.int(), level.t().contiguous().t(), torch.zeros_like(level), level * 3 - 2):
+        for name, got, want in zip(
+            ("level", "order", "count"), backend.plan_levels(case, levels), plan_levels(case, levels), strict=True
+        ):
+            assert torch.equal(got, want), name
+
+
+def test_plan_of_no_samples():
+    level, order, count = backend.plan_levels(torch.zeros(0, 3, dtype=torch.int64), 4)
+    assert level.shape == order.shape == (3, 0)
+    assert torch.equal(count, torch.zeros(3, 4, dtype=torch.int32))

@@ -75,6 +75,18 @@ def rejects(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def plan_levels(level_NB: torch.Tensor, num_levels: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The fields of a `LevelPlan`, in one launch; a level out of range is taken as the nearest."""
+    from den_kernels.backends.triton import launch, plan
+
+    samples, blocks = level_NB.shape
+    level_BN, order_BN = (level_NB.new_empty((blocks, samples), dtype=torch.int32) for _ in range(2))
+    count_BL = level_NB.new_empty((blocks, num_levels), dtype=torch.int32)
+    if count_BL.numel():
+        launch.run(plan.plan_plan(level_NB, level_BN, order_BN, count_BL), level_NB.device)
+    return level_BN, order_BN, count_BL
+
+
 def pack_weight(weight_OIHW: torch.Tensor, groups: int) -> torch.Tensor:
     """[O, I / groups, KH, KW] to the contiguous [O, KH, KW, I / groups] that the kernels read.
 

@@ -23,7 +23,7 @@ import triton.language as tl
 
 from den_kernels.backends.triton import configs
 from den_kernels.backends.triton.conv import empty_map, output_size
-from den_kernels.backends.triton.implicit_gemm import accumulate, clamp_width, relu
+from den_kernels.backends.triton.implicit_gemm import accumulate_forward, clamp_width, relu
 from den_kernels.backends.triton.launch import Launch, check_indexable, dot_precision, multiprocessors
 
 # Not worth a compilation for each value: the batch size, and whether a row of the plan happens to be aligned.
@@ -127,7 +127,7 @@ def hidden_kernel(
     if pre_scale_ptr is not None:
         pre_scale_ptr += chunk * (SPAN * group_in)
         pre_shift_ptr += chunk * (SPAN * group_in)
-    acc_MN = accumulate(
+    acc_MN = accumulate_forward(
         x_ptr + source.to(tl.int64) * (in_h * in_w * in_channels) + chunk * (SPAN * group_in),
         weight_ptr,
         pre_scale_ptr,
@@ -144,6 +144,8 @@ def hidden_kernel(
         group_in,
         group_out,
         limit,
+        0,
+        1,
         KERNEL,
         KERNEL,
         STRIDE,
@@ -237,7 +239,7 @@ def last_kernel(
             return
 
     limit = tl.minimum(tl.maximum(width - chunk * (SPAN * group_in), 0), SPAN * group_in)
-    acc_MN = accumulate(
+    acc_MN = accumulate_forward(
         hidden_ptr + slot.to(tl.int64) * (in_h * in_w * hidden_channels) + chunk * (SPAN * group_in),
         weight_ptr,
         None,
@@ -254,6 +256,8 @@ def last_kernel(
         group_in,
         group_out,
         limit,
+        0,
+        1,
         KERNEL,
         KERNEL,
         STRIDE,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from den_kernels.backends.triton import configs
-from den_kernels.backends.triton.implicit_gemm import accumulate, clamp_width
+from den_kernels.backends.triton.implicit_gemm import accumulate_forward, clamp_width
 from den_kernels.backends.triton.launch import Launch, check_indexable, dot_precision, multiprocessors
 
 
@@ -73,7 +73,7 @@ def conv2d_kernel(
         in_limit = clamp_width(tl.load(in_width_ptr + sample), in_channels)
         limit = tl.minimum(tl.maximum(in_limit - chunk * (SPAN * group_in), 0), SPAN * group_in)
 
-    acc_MN = accumulate(
+    acc_MN = accumulate_forward(
         x_ptr + sample.to(tl.int64) * (in_h * in_w * in_channels) + chunk * (SPAN * group_in),
         weight_ptr,
         None,
@@ -90,6 +90,8 @@ def conv2d_kernel(
         group_in,
         group_out,
         limit,
+        0,
+        1,
         KERNEL_H,
         KERNEL_W,
         STRIDE_H,

@@ -1,10 +1,9 @@
 """The inner loop that every kernel of this backend shares: a convolution tile as a matrix product.
 
-A tile is BLOCK_M output pixels of one sample by BLOCK_N output channels. The reduction walks the taps of the kernel
-and, inside a tap, the input channels below a run-time limit: a sample of a narrow level does fewer steps, not masked
-ones.
+A tile is BLOCK_M pixels of one sample by BLOCK_N channels. The reduction walks the taps of the kernel and, inside a
+tap, the channels below a run-time limit: a sample of a narrow level does fewer steps, not masked ones.
 
-Shape suffixes: M output pixels of the tile, N its output channels, K the input channels of a step.
+Shape suffixes: M rows (pixels) of the tile, N its columns (channels), K the channels of a step.
 
 "Chunk" is the part of the channels that a tile can see: all of them without groups, one group with them. Groups
 narrower than a tensor-core operand (16) are taken SPAN at a time as one block-diagonal product.
@@ -28,23 +27,165 @@ def clamp_width(width, full):
 
 
 @triton.jit
+def corner(row_M, out_w, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr):
+    """The source pixel that the first tap of each output pixel reads; it may lie in the padding."""
+    return (row_M // out_w) * STRIDE_H - PAD_H, (row_M % out_w) * STRIDE_W - PAD_W
+
+
+@triton.jit
+def filter_tile(
+    weight_ptr,
+    tap,
+    c_K,
+    bound,
+    col_N,
+    local_N,
+    col_ok_N,
+    first_filter,
+    group_in,
+    group_out,
+    FILTER: tl.constexpr,
+    SPAN: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """Weights [K, N] of one tap, of [O, FILTER taps, group_in]; 0 beyond the bound and off the diagonal of a span.
+
+    The reduction runs over a filter's inputs, or (TRANSPOSED) over the filters, `first_filter` being the chunk's first:
+    the columns are then input channels. Either way the innermost dimension of the tile is that of the memory.
+    """
+    if TRANSPOSED:
+        in_KN = local_N[None, :]
+        ok_KN = col_ok_N[None, :] & (c_K < bound)[:, None]
+        if SPAN > 1:
+            in_KN = in_KN - ((c_K // group_out) * group_in)[:, None]
+            ok_KN = ok_KN & (in_KN >= 0) & (in_KN < group_in)
+        filter_K = (first_filter + c_K) * (FILTER * group_in) + tap * group_in
+        return tl.load(weight_ptr + filter_K[:, None] + in_KN, mask=ok_KN, other=0.0)
+    else:
+        in_NK = c_K[None, :]
+        ok_NK = col_ok_N[:, None] & (c_K < bound)[None, :]
+        if SPAN > 1:
+            in_NK = in_NK - ((local_N // group_out) * group_in)[:, None]
+            ok_NK = ok_NK & (in_NK >= 0) & (in_NK < group_in)
+        filter_N = col_N * (FILTER * group_in)
+        return tl.trans(tl.load(weight_ptr + filter_N[:, None] + (tap * group_in + in_NK), mask=ok_NK, other=0.0))
+
+
+@triton.jit
 def accumulate(
     x_ptr,  # first channel of the chunk, at pixel (0, 0) of the sample
-    weight_ptr,  # [O, KERNEL_H, KERNEL_W, group_in]
+    weight_ptr,  # [O, FILTER taps, group_in]
     pre_scale_ptr,  # float32, first channel of the chunk; None without pre-activation
     pre_shift_ptr,
-    row_M,  # output pixel, and whether it exists
-    col_N,  # output channel within the whole tensor
-    local_N,  # output channel within the chunk
+    top_M,  # the source pixel that the first tap reads for each row, and whether the row exists
+    left_M,
+    row_ok_M,
+    col_N,  # column's channel within the whole tensor
+    local_N,  # within the chunk
+    col_ok_N,
+    in_h,
+    in_w,
+    in_stride,  # elements from one source pixel to the next
+    first_filter,  # of the chunk; read when TRANSPOSED
+    group_in,
+    group_out,
+    limit,  # the reduction reads channels [0, limit) of the chunk
+    taps_h,  # taps to walk, constant or not
+    taps_w,
+    step_h,  # source pixels from one tap to the next
+    step_w,
+    first_tap,  # where the weights of a tap are: first_tap + i * tap_step_h + j * tap_step_w
+    tap_step_h,
+    tap_step_w,
+    split,  # of the steps of the reduction, this part of SPLITS
+    SPLITS: tl.constexpr,
+    FILTER: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    SPAN: tl.constexpr,
+    GRANULE: tl.constexpr,
+    EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """acc[M, N] in float32 of the convolution of one sample, before bias or scale.
+
+    GRANULE: masks are per 16-byte vector, or the compiler falls back to one element a load and loses cp.async, so the
+    limit is rounded up to GRANULE channels. What is read beyond the limit must then be finite zeros (the hidden buffer
+    of a block guarantees it), or EXACT must be set: it zeroes the activations in registers, whatever they hold. Weights
+    between the limit and the next multiple of GRANULE meet those zeros, so they must be finite.
+    """
+    origin_M = (top_M * in_w + left_M) * in_stride
+    k = tl.arange(0, BLOCK_K)
+    bound = ((limit + GRANULE - 1) // GRANULE) * GRANULE
+    blocks = (limit + BLOCK_K - 1) // BLOCK_K
+    first = 0
+    last = taps_h * taps_w * blocks
+    if SPLITS > 1:
+        share = (last + SPLITS - 1) // SPLITS
+        first = split * share
+        last = tl.minimum(first + share, last)
+    acc_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # One flat loop, because only an innermost loop is software-pipelined. `blocks` is 0 only when the loop is empty.
+    for step in range(first, last):
+        tap = step // blocks
+        c_K = (step - tap * blocks) * BLOCK_K + k
+        kh = tap // taps_w
+        kw = tap - kh * taps_w
+        y_M = top_M + kh * step_h
+        x_M = left_M + kw * step_w
+        inside_M = row_ok_M & (y_M >= 0) & (y_M < in_h) & (x_M >= 0) & (x_M < in_w)
+        ok_MK = inside_M[:, None] & (c_K < bound)[None, :]
+        shift_M = origin_M + (kh * step_h * in_w + kw * step_w) * in_stride
+        x_MK = tl.load(x_ptr + shift_M[:, None] + c_K[None, :], mask=ok_MK, other=0.0)
+        if pre_scale_ptr is not None:
+            # The padding is zero after the activation, so the mask is applied again.
+            scale_K = tl.load(pre_scale_ptr + c_K, mask=c_K < bound, other=0.0)
+            offset_K = tl.load(pre_shift_ptr + c_K, mask=c_K < bound, other=0.0)
+            active_MK = relu(x_MK.to(tl.float32) * scale_K[None, :] + offset_K[None, :])
+            x_MK = tl.where(ok_MK, active_MK, 0.0).to(x_MK.dtype)
+        if EXACT:
+            x_MK = tl.where((c_K < limit)[None, :], x_MK, 0.0)
+        w_KN = filter_tile(
+            weight_ptr,
+            first_tap + kh * tap_step_h + kw * tap_step_w,
+            c_K,
+            bound,
+            col_N,
+            local_N,
+            col_ok_N,
+            first_filter,
+            group_in,
+            group_out,
+            FILTER,
+            SPAN,
+            TRANSPOSED,
+        )
+        acc_MN = tl.dot(x_MK, w_KN, acc_MN, input_precision=PRECISION)
+    return acc_MN
+
+
+@triton.jit
+def accumulate_forward(
+    x_ptr,
+    weight_ptr,
+    pre_scale_ptr,
+    pre_shift_ptr,
+    row_M,
+    col_N,
+    local_N,
     col_ok_N,
     out_w,
     out_pixels,
     in_h,
     in_w,
-    in_stride,  # elements from one input pixel to the next
+    in_stride,
     group_in,
     group_out,
-    limit,  # the reduction reads channels [0, limit) of the chunk
+    limit,
+    split,
+    SPLITS: tl.constexpr,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -61,54 +202,42 @@ def accumulate(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """acc[M, N] in float32 of the convolution of one sample, before bias or scale.
-
-    GRANULE: masks are per 16-byte vector, or the compiler falls back to one element a load and loses cp.async, so the
-    limit is rounded up to GRANULE channels. What is read beyond the limit must then be finite zeros (the hidden buffer
-    of a block guarantees it), or EXACT must be set: it zeroes the activations in registers, whatever they hold. Weights
-    between the limit and the next multiple of GRANULE meet those zeros, so they must be finite.
-    """
-    top_M = (row_M // out_w) * STRIDE_H - PAD_H
-    left_M = (row_M % out_w) * STRIDE_W - PAD_W
-    origin_M = (top_M * in_w + left_M) * in_stride
-    row_ok_M = row_M < out_pixels
-    k = tl.arange(0, BLOCK_K)
-    bound = ((limit + GRANULE - 1) // GRANULE) * GRANULE
-    blocks = (limit + BLOCK_K - 1) // BLOCK_K
-    filter_N = col_N * (KERNEL_H * KERNEL_W * group_in)
-    acc_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    # One flat loop, because only an innermost loop is software-pipelined. `blocks` is 0 only when the loop is empty.
-    for step in range(KERNEL_H * KERNEL_W * blocks):
-        tap = step // blocks
-        c_K = (step - tap * blocks) * BLOCK_K + k
-        kh = tap // KERNEL_W
-        kw = tap - kh * KERNEL_W
-        y_M = top_M + kh * DILATION_H
-        x_M = left_M + kw * DILATION_W
-        inside_M = row_ok_M & (y_M >= 0) & (y_M < in_h) & (x_M >= 0) & (x_M < in_w)
-        ok_MK = inside_M[:, None] & (c_K < bound)[None, :]
-        shift_M = origin_M + (kh * DILATION_H * in_w + kw * DILATION_W) * in_stride
-        x_MK = tl.load(x_ptr + shift_M[:, None] + c_K[None, :], mask=ok_MK, other=0.0)
-        if pre_scale_ptr is not None:
-            # The padding is zero after the activation, so the mask is applied again.
-            scale_K = tl.load(pre_scale_ptr + c_K, mask=c_K < bound, other=0.0)
-            offset_K = tl.load(pre_shift_ptr + c_K, mask=c_K < bound, other=0.0)
-            active_MK = relu(x_MK.to(tl.float32) * scale_K[None, :] + offset_K[None, :])
-            x_MK = tl.where(ok_MK, active_MK, 0.0).to(x_MK.dtype)
-        if EXACT:
-            x_MK = tl.where((c_K < limit)[None, :], x_MK, 0.0)
-        if SPAN == 1:
-            w_NK = tl.load(
-                weight_ptr + filter_N[:, None] + (tap * group_in + c_K)[None, :],
-                mask=col_ok_N[:, None] & (c_K < bound)[None, :],
-                other=0.0,
-            )
-        else:
-            own_NK = c_K[None, :] - ((local_N // group_out) * group_in)[:, None]
-            w_NK = tl.load(
-                weight_ptr + filter_N[:, None] + tap * group_in + own_NK,
-                mask=col_ok_N[:, None] & (own_NK >= 0) & (own_NK < group_in) & (c_K < bound)[None, :],
-                other=0.0,
-            )
-        acc_MN = tl.dot(x_MK, tl.trans(w_NK), acc_MN, input_precision=PRECISION)
-    return acc_MN
+    """`accumulate` over every tap of a convolution, weights [O, KERNEL_H, KERNEL_W, group_in]."""
+    top_M, left_M = corner(row_M, out_w, STRIDE_H, STRIDE_W, PAD_H, PAD_W)
+    return accumulate(
+        x_ptr,
+        weight_ptr,
+        pre_scale_ptr,
+        pre_shift_ptr,
+        top_M,
+        left_M,
+        row_M < out_pixels,
+        col_N,
+        local_N,
+        col_ok_N,
+        in_h,
+        in_w,
+        in_stride,
+        0,
+        group_in,
+        group_out,
+        limit,
+        KERNEL_H,
+        KERNEL_W,
+        DILATION_H,
+        DILATION_W,
+        0,
+        KERNEL_W,
+        1,
+        split,
+        SPLITS,
+        KERNEL_H * KERNEL_W,
+        False,
+        SPAN,
+        GRANULE,
+        EXACT,
+        PRECISION,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )

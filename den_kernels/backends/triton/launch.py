@@ -20,16 +20,30 @@ _ASSUMED_MULTIPROCESSORS = {"meta": 108, "cpu": 1}
 _INT32_MAX = 2**31 - 1
 
 
+class Sweep(NamedTuple):
+    """The tile of a kernel without a matrix product: rows (pixels, samples) by channels, or rows alone."""
+
+    block_rows: int
+    block_channels: int | None
+    num_warps: int
+    num_stages: int = 2
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        rows = {"BLOCK_ROWS": self.block_rows}
+        return rows if self.block_channels is None else rows | {"BLOCK_CHANNELS": self.block_channels}
+
+
 class Launch(NamedTuple):
     kernel: Any
     programs: int
     arguments: dict[str, Any]
     constants: dict[str, Any]
-    tile: TileConfig
+    tile: TileConfig | Sweep
 
     @property
     def blocks(self) -> dict[str, int]:
-        return {"BLOCK_M": self.tile.block_m, "BLOCK_N": self.tile.block_n, "BLOCK_K": self.tile.block_k}
+        return self.tile.blocks
 
     @property
     def options(self) -> dict[str, Any]:
