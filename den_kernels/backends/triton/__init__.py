@@ -110,8 +110,12 @@ def conv2d(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The primitive of DESIGN section 1 on [N, C, H, W]; the result is channels_last whatever x is."""
+    """The primitive of DESIGN section 1 on [N, C, H, W]; the result is channels_last whatever x is.
+
+    residual: like the result, added to it; a sample of input width 0 is its residual, bit for bit.
+    """
     from den_kernels.backends.triton import conv, launch
 
     sizes = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
@@ -120,19 +124,34 @@ def conv2d(
     out = conv.empty_map(shape, x)
     if out.numel():
         planned = conv.plan_conv2d(
-            x.contiguous(memory_format=torch.channels_last),
+            _channels_last(x),
             pack_weight(weight, groups),
             bias if bias is None else bias.contiguous(),
-            in_width if in_width is None else in_width.contiguous(),
-            out_width if out_width is None else out_width.contiguous(),
+            _contiguous(in_width),
+            _contiguous(out_width),
+            residual if residual is None else _channels_last(residual),
             out,
-            (stride[0], stride[1]),
-            (padding[0], padding[1]),
-            (dilation[0], dilation[1]),
+            _pair(stride),
+            _pair(padding),
+            _pair(dilation),
             groups,
         )
         launch.run(planned, x.device)
     return out
+
+
+def conv2d_add(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor,
+    in_width: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> torch.Tensor:
+    """residual + `conv2d`, in one pass."""
+    return conv2d(x, weight, None, in_width, None, stride, padding, dilation, groups, residual)
 
 
 def conv2d_backward(
@@ -147,10 +166,48 @@ def conv2d_backward(
     groups: int,
     output_mask: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `conv2d`, computed by the grouped backend."""
-    from den_kernels.backends import grouped
+    """Gradients of x, weight and bias (empty where ``output_mask`` is False); what no sample ran is exactly 0.
 
-    return grouped.conv2d_backward(grad, x, weight, in_width, out_width, stride, padding, dilation, groups, output_mask)
+    Every geometry, widths or none, in these kernels; the same bits every time.
+    """
+    from den_kernels.backends.triton import conv, data_gradient, launch, weight_gradient
+
+    dx = conv.empty_map(tuple(x.shape), x) if output_mask[0] else x.new_empty(0)
+    filters = (weight.shape[0], *weight.shape[2:], weight.shape[1])
+    dweight = x.new_empty(filters if output_mask[1] else 0)
+    dbias = x.new_empty(weight.shape[0] if output_mask[2] else 0)
+    if grad.numel() == 0 or x.numel() == 0:
+        return dx.zero_(), _from_ohwi(dweight.zero_()), dbias.zero_()
+    grad, x = _channels_last(grad), _channels_last(x)
+    widths = _contiguous(in_width), _contiguous(out_width)
+    geometry = _pair(stride), _pair(padding), _pair(dilation), groups
+    planned = []
+    if output_mask[0]:
+        filters_OHWI = pack_weight(weight, groups)
+        planned.append(data_gradient.plan_data_gradient(grad, filters_OHWI, *widths, dx, *geometry))
+    if output_mask[1]:
+        planned += weight_gradient.plan_weight_gradient(grad, x, *widths, dweight, *geometry)
+    if output_mask[2]:
+        planned += weight_gradient.plan_bias_gradient(grad, widths[1], dbias)
+    for one in planned:
+        launch.run(one, x.device)
+    return dx, _from_ohwi(dweight), dbias
+
+
+def _channels_last(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _contiguous(width: torch.Tensor | None) -> torch.Tensor | None:
+    return None if width is None else width.contiguous()
+
+
+def _pair(values: Sequence[int]) -> tuple[int, int]:
+    return values[0], values[1]
+
+
+def _from_ohwi(weight: torch.Tensor) -> torch.Tensor:
+    return weight.permute(0, 3, 1, 2) if weight.dim() == 4 else weight
 
 
 def residual_block(

@@ -109,6 +109,35 @@ def choose(
     return make(block_m, block_n, block_k, through_registers)
 
 
+def _pixel_steps(pixels: int, sizes: tuple[int, ...]) -> tuple[int, bool]:
+    """Pixels a step, and whether steps run over samples' ends: where cutting each map into steps wastes over 15%."""
+    fitting = [size for size in sizes if -(-pixels // size) * size <= 1.15 * pixels]
+    return (fitting[-1], False) if fitting else (sizes[-1], True)
+
+
+def choose_weight_gradient(
+    kind: str,
+    *,
+    pixels: int,
+    outputs: int,
+    inputs: int,
+    elastic_out: bool,
+    elastic_in: bool,
+    vectors: bool,
+) -> tuple[TileConfig, bool]:
+    """The tile for ``outputs`` by ``inputs`` products over the ``pixels`` of a sample, and whether steps are packed.
+
+    Blocks of an elastic side as in `choose`. Packed steps run over the ends of samples.
+    """
+    sizes_m, sizes_n, sizes_k, make = _FAMILIES[kind]
+    block_m = _covering(sizes_m, outputs // 2 if elastic_out else outputs)
+    block_n = _covering(sizes_n, inputs // 2 if elastic_in else inputs)
+    if not vectors:
+        block_m, block_n = min(block_m, 64), min(block_n, 64)
+    block_k, packed = _pixel_steps(pixels, sizes_k)
+    return make(block_m, block_n, block_k, True), packed
+
+
 def group_span(group_in: int, group_out: int, groups: int) -> int:
     """How many groups one tile takes as a block-diagonal product, so that narrow groups fill a 16-wide operand."""
     fitting = [n for n in range(1, groups + 1) if groups % n == 0 and n * max(group_in, group_out) <= 16]

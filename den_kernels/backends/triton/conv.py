@@ -18,6 +18,7 @@ def conv2d_kernel(
     bias_ptr,  # [O] or None
     in_width_ptr,  # [N] or None
     out_width_ptr,  # [N] or None
+    residual_ptr,  # [N, out_h, out_w, O] or None
     out_ptr,  # [N, out_h, out_w, O]
     in_channels,
     out_channels,
@@ -57,9 +58,8 @@ def conv2d_kernel(
     col_N = chunk * (SPAN * group_out) + local_N
     col_ok_N = local_N < SPAN * group_out
     ok_MN = (row_M < out_pixels)[:, None] & col_ok_N[None, :]
-    out_MN = (
-        out_ptr + sample.to(tl.int64) * (out_pixels * out_channels) + row_M[:, None] * out_channels + col_N[None, :]
-    )
+    place_MN = sample.to(tl.int64) * (out_pixels * out_channels) + row_M[:, None] * out_channels + col_N[None, :]
+    out_MN = out_ptr + place_MN
 
     out_limit = out_channels
     if out_width_ptr is not None:
@@ -111,6 +111,11 @@ def conv2d_kernel(
     if bias_ptr is not None:
         acc_MN += tl.load(bias_ptr + col_N, mask=col_ok_N, other=0.0).to(tl.float32)[None, :]
     acc_MN = tl.where((col_N < out_limit)[None, :], acc_MN, 0.0)
+    if residual_ptr is not None:
+        residual_MN = tl.load(residual_ptr + place_MN, mask=ok_MN, other=0.0).to(tl.float32)
+        acc_MN += residual_MN
+        if in_width_ptr is not None:
+            acc_MN = tl.where(in_limit > 0, acc_MN, residual_MN)  # bit for bit, -0.0 included
     tl.store(out_MN, acc_MN.to(out_ptr.dtype.element_ty), mask=ok_MN)
 
 
@@ -128,13 +133,14 @@ def plan_conv2d(
     bias: torch.Tensor | None,
     in_width: torch.Tensor | None,
     out_width: torch.Tensor | None,
+    residual: torch.Tensor | None,
     out: torch.Tensor,
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],
     groups: int,
 ) -> Launch:
-    """The one launch of the primitive; ``x`` and ``out`` are channels_last and ``out`` is not empty."""
+    """The one launch of the primitive; ``x``, ``residual`` and ``out`` are channels_last and ``out`` is not empty."""
     samples, in_channels, in_h, in_w = x.shape
     out_channels, kernel_h, kernel_w, group_in = weight_OHWI.shape
     _, _, out_h, out_w = out.shape
@@ -165,6 +171,7 @@ def plan_conv2d(
             "bias_ptr": bias,
             "in_width_ptr": in_width,
             "out_width_ptr": out_width,
+            "residual_ptr": residual,
             "out_ptr": out,
             "in_channels": in_channels,
             "out_channels": out_channels,

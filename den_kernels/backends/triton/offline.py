@@ -105,8 +105,8 @@ def typical_launches(
     )
     width, geometry = integers(samples), ((1, 1), (1, 1), (1, 1), groups)
     return {
-        "conv2d": conv.plan_conv2d(x, square, rows(channels).to(dtype), width, width, x, *geometry),
-        "conv2d, full": conv.plan_conv2d(x, square, None, None, None, x, *geometry),
+        "conv2d": conv.plan_conv2d(x, square, rows(channels).to(dtype), width, width, None, x, *geometry),
+        "conv2d, full": conv.plan_conv2d(x, square, None, None, None, None, x, *geometry),
         "first": first,
         "first, pre-activation": first_pre,
         "inner": inner,
