@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from den_kernels import reference
+from den_kernels.backends import batch_norm as plain
 from den_kernels.backends import triton as backend
 from den_kernels.backends.triton import configs, plan, weight_gradient
 from den_kernels.plan import plan_levels
@@ -412,3 +413,44 @@ def test_conv2d_add(dtype):
     want = reference.den_conv2d(x.double(), weight.double(), None, in_width, padding=1) + residual.double()
     _close(got, want, dtype)
     assert torch.equal(*(t[1].contiguous().view(torch.int16) for t in (got, residual)))
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "widths", "affine", "dtype"),
+    [
+        (1, False, True, torch.float32),
+        (1, True, True, torch.float16),
+        (3, True, True, torch.float32),
+        (3, False, False, torch.float32),
+    ],
+)
+def test_batch_norm(rows, widths, affine, relu, dtype):
+    """Row 1 is run by no sample, one sample by no channel; the maps have two tiles of pixels and of channels."""
+    x, grad = _map(5, 80, 9, 9, dtype) * 3 + 1, _map(5, 80, 9, 9, dtype, seed=1)
+    row = torch.tensor([0, 2, 2, 0, 2]) if rows > 1 else None
+    width = torch.tensor([80, 64, 20, 0, 7], dtype=torch.int32) if widths else None
+    weight, bias = (_random(rows, 80, seed=s) for s in (2, 3)) if affine else (None, None)
+    double = [None if t is None else t.double() for t in (x, weight, bias, grad)]
+    y, *want = plain.batch_norm(double[0], row, width, *double[1:3], rows, 1e-3, relu)
+    gradients = plain.batch_norm_backward(double[3], double[0], row, width, *double[1:3], *want, 1e-3, relu)
+    if width is not None:
+        _poison(x, width), _poison(grad, width)
+    ours = backend.batch_norm(x, row, width, weight, bias, rows, 1e-3, relu)
+    back = backend.batch_norm_backward(grad, x, row, width, weight, bias, *ours[1:], 1e-3, relu)
+    names = ("y", "mean", "var", "count", "dx", "dweight", "dbias")
+    for name, got, right in zip(names, (*ours, *back), (y, *want, *gradients), strict=True):
+        tolerance = 2e-2 if dtype == torch.float16 else 2e-4 if name in ("dweight", "dbias") else 2e-5
+        torch.testing.assert_close(got.double(), right, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        assert (got[right == 0] == 0).all(), name
+    again = backend.batch_norm(x, row, width, weight, bias, rows, 1e-3, relu)
+    assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+
+
+def test_batch_norm_of_a_large_mean():
+    """A variance far below the square of the mean, which a sum of squares would lose."""
+    x = _map(3, 16, 6, 6) + 1000
+    _, mean, var, _ = backend.batch_norm(x, None, None, None, None, 1, 1e-5, False)
+    want_var, want_mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(mean[0].double(), want_mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(var[0].double(), want_var, rtol=1e-3, atol=0)

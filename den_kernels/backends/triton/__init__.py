@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
+from den_kernels.backends import batch_norm as plain_batch_norm
 from den_kernels.block import one_by_one, unmoved
 
 NAME = "triton"
@@ -194,12 +195,65 @@ def conv2d_backward(
     return dx, _from_ohwi(dweight), dbias
 
 
+def batch_norm(
+    x: torch.Tensor,
+    row: torch.Tensor | None,
+    width: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    rows: int,
+    eps: float,
+    relu: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y like x, and mean, biased variance and count of samples [R, C] of this batch; see `ops.py`."""
+    from den_kernels.backends.triton import conv, launch, norm
+
+    if x.numel() == 0:
+        return plain_batch_norm.batch_norm(x, row, width, weight, bias, rows, eps, relu)
+    x = _channels_last(x)
+    y = conv.empty_map(tuple(x.shape), x)
+    mean, var, count = (x.new_empty((rows, x.shape[1]), dtype=torch.float32) for _ in range(3))
+    tables = *(_contiguous(t) for t in (row, width, weight, bias)), y, mean, var, count
+    for one in norm.plan_forward(x, *tables, eps, relu):
+        launch.run(one, x.device)
+    return y, mean, var, count
+
+
+def batch_norm_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    row: torch.Tensor | None,
+    width: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    count: torch.Tensor,
+    eps: float,
+    relu: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dx like x, dweight and dbias [R, C], of what `batch_norm` computed."""
+    from den_kernels.backends.triton import conv, launch, norm
+
+    if x.numel() == 0:
+        return plain_batch_norm.batch_norm_backward(
+            grad, x, row, width, weight, bias, mean, var, count, eps, relu
+        )
+    grad, x = _channels_last(grad), _channels_last(x)
+    dx = conv.empty_map(tuple(x.shape), x)
+    dweight, dbias = torch.empty_like(mean), torch.empty_like(mean)
+    tables = (_contiguous(t) for t in (row, width, weight, bias, mean, var, count))
+    for one in norm.plan_backward(grad, x, *tables, dx, dweight, dbias, eps, relu):
+        launch.run(one, x.device)
+    return dx, dweight, dbias
+
+
 def _channels_last(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _contiguous(width: torch.Tensor | None) -> torch.Tensor | None:
-    return None if width is None else width.contiguous()
+def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _pair(values: Sequence[int]) -> tuple[int, int]:

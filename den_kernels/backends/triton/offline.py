@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from den_kernels.backends.triton import block, conv
+from den_kernels.backends.triton import block, conv, data_gradient, norm, plan, weight_gradient
 from den_kernels.backends.triton.launch import Launch
 
 # Shared memory that one block may use, KiB (CUDA C++ programming guide, table of compute capabilities).
@@ -34,10 +34,8 @@ _TYPE_NAMES = {
 }
 
 
-def typical_launches(
-    dtype: torch.dtype, samples: int = 256, channels: int = 64, size: int = 32, groups: int = 1
-) -> dict[str, Launch]:
-    """Every form that the kernels take, at the shape of one stage of a network; by default WRN-32-4's first."""
+def _makers(dtype: torch.dtype, samples: int):
+    """Functions that make tensors without storage: maps, filters, vectors of integers, tables in float32."""
 
     def activations(width: int, pixels: int) -> torch.Tensor:
         empty = torch.empty((samples, width, pixels, pixels), dtype=dtype, device="meta")
@@ -52,6 +50,15 @@ def typical_launches(
     def rows(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.float32, device="meta")
 
+    return activations, filters, integers, rows
+
+
+def typical_launches(
+    dtype: torch.dtype, samples: int = 256, channels: int = 64, size: int = 32, groups: int = 1
+) -> dict[str, Launch]:
+    """Every form that the kernels take, at the shape of one stage of a network; by default WRN-32-4's first."""
+
+    activations, filters, integers, rows = _makers(dtype, samples)
     x, levels = activations(channels, size), 4
     plan = (integers(samples), integers(levels), integers(levels))
     table = rows(levels, channels)
@@ -115,6 +122,44 @@ def typical_launches(
     }
 
 
+def training_launches(
+    dtype: torch.dtype, samples: int = 256, channels: int = 64, size: int = 32, groups: int = 1
+) -> dict[str, Launch]:
+    """What a training step adds to `typical_launches`, at the shape of one stage; and the plan of a batch."""
+    activations, filters, integers, rows = _makers(dtype, samples)
+    x, square, width = activations(channels, size), filters(channels, channels // groups, 3), integers(samples)
+    half = activations(channels, -(-size // 2))
+    strides = {stride: ((stride, stride), (1, 1), (1, 1), groups) for stride in (1, 2)}
+    members, products, total = weight_gradient.plan_weight_gradient(x, x, width, width, square, *strides[1])
+    packed = weight_gradient.plan_weight_gradient(activations(channels, 3), activations(channels, 3), width, width,
+                                                  square, *strides[1])[1]  # fmt: skip
+    levels, tables = integers(samples), [rows(4, channels) for _ in range(5)]
+    sums, statistics, normalise = norm.plan_forward(
+        x, levels, width, *tables[:2], x, *tables[2:], eps=1e-5, relu=True
+    )
+    gradient_sums, parameters, input_gradient = norm.plan_backward(
+        x, x, levels, width, *tables, x, *tables[:2], eps=1e-5, relu=True
+    )
+    level = torch.empty((samples, 15), dtype=torch.int64, device="meta")
+    orders = [torch.empty((15, n), dtype=torch.int32, device="meta") for n in (samples, samples, 4)]
+    return {
+        "data gradient": data_gradient.plan_data_gradient(x, square, width, width, x, *strides[1]),
+        "data gradient, stride 2": data_gradient.plan_data_gradient(half, square, width, width, x, *strides[2]),
+        "weight gradient": products,
+        "weight gradient, 3x3 map": packed,
+        "members": members,
+        "sum": total,
+        "bias gradient": weight_gradient.plan_bias_gradient(x, width, rows(channels).to(dtype))[0],
+        "norm, moments": sums,
+        "norm, statistics": statistics,
+        "norm, forward": normalise,
+        "norm, gradient sums": gradient_sums,
+        "norm, parameters": parameters,
+        "norm, input gradient": input_gradient,
+        "plan": plan.plan_plan(level, *orders),
+    }
+
+
 class Report(NamedTuple):
     registers: int
     spill_bytes: int
@@ -165,8 +210,8 @@ def compile_launch(launch: Launch, arch: int) -> Report:
             if name not in unaligned:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         elif name in launch.arguments and value is not None and (name in generic or value != 1):
-            signature[name] = "i32"
-            if name not in generic and value % 16 == 0:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+            if name not in generic and isinstance(value, int) and value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "constexpr"
