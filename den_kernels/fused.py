@@ -31,7 +31,7 @@ class FusedResidualBlock(nn.Module):
         strides, groups: of each convolution (groups: None for 1).
         pre_scale, pre_shift: [T, C], the norm (with ReLU) before the first convolution: pre-activation.
         projection: the shortcut as a 1x1 convolution of the block's stride: its weight [O, C, 1, 1] and its folded
-            norm's scale and shift, [T, L, O]. None: average pooling and zero channels. Not on the triton backend.
+            norm's scale and shift, [T, L, O]. None: average pooling and zero channels.
         relu: apply a ReLU after the addition (post-activation).
         winograd: let the backend compute 3x3 convolutions of stride 1 by Winograd's algorithm, where it has it: about
             three times as fast in float32, with a largest error near 1e-5 of the largest value in place of 1e-6.
@@ -65,8 +65,6 @@ class FusedResidualBlock(nn.Module):
         _check_block(weights, scales, shifts, widths, strides, groups, pre_scale, pre_shift, projection)
         first = weights[0]
         chosen = resolve(backend, first.device, first.dtype)
-        if projection is not None and chosen.NAME == "triton":
-            raise ValueError("projection is given; the triton backend's blocks have parameter-free shortcuts only")
         self.backend: str = chosen.NAME
         self._tile_bounds: tuple[int, ...] = chosen.TILE_BOUNDS
         self.kernel_sizes = [w.shape[2] for w in weights]

@@ -5,12 +5,10 @@ import copy
 import pytest
 import torch
 from den_cases import MAKERS, RESIDUAL, TWO_TASKS, bottleneck, image_shape, resnext, wrn
-from torch.nn import functional as F
 
 import den
 import den_kernels as dk
 from den.blocks import FreezeOptions, freeze_block, shortcut
-from den.blocks.bottleneck import FrozenProjectionBlock
 
 BACKENDS = [name for name in dk.available_backends() if name != "triton"]
 
@@ -106,19 +104,6 @@ def test_level_0_of_a_bottleneck_is_the_shortcut(make, backend):
             close(y[[0, 2]], wanted[[0, 2]])
             assert (y[[0, 2]] < 0).any(), "a ReLU ran"
         assert not torch.equal(y[[1, 3]], wanted[[1, 3]])
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_projection_operator_by_operator(backend):
-    """The form for backends whose fused operator has parameter-free shortcuts only."""
-    for block in list(bottleneck(TWO_TASKS, task_norm="per_task").requires_grad_(False).estimator.blocks)[:2]:
-        frozen = FrozenProjectionBlock(block, block.projection, FreezeOptions(torch.float32, True, backend))
-        x = torch.randn(5, block.in_channels, 7, 7).contiguous(memory_format=torch.channels_last)
-        level = torch.tensor([0, 3, 0, 1, 2])
-        for set_index in (0, 1):
-            y = frozen(x, *dk.plan_levels(level[:, None], 4).block(0), set_index)
-            close(y, block(x, level, set_index))
-            assert torch.equal(y[[0, 2]], F.conv2d(x, *frozen.projection[set_index], block.stride)[[0, 2]])
 
 
 def test_frozen_is_a_copy_in_evaluation_mode():

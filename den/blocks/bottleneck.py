@@ -15,18 +15,14 @@ import den_kernels as dk
 from den.blocks.base import Block, conv_out, shortcut
 from den.blocks.forms import (
     FreezeOptions,
-    FrozenNorm,
     PlainShortcut,
     fold,
     freeze_block,
     plain_block,
     plain_conv,
-    register_conv,
-    register_folded,
     tables,
 )
 from den.hierarchy import Hierarchy
-from den_kernels.backends import resolve
 
 
 class Projection(nn.Module):
@@ -132,46 +128,12 @@ class BottleneckBlock(Block):
         return self.in_channels * width, width * (9 * group_in + self.out_channels) + fixed
 
 
-class FrozenProjectionBlock(nn.Module):
-    """A `BottleneckBlock` with a projection: operator by operator, where the fused one has parameter-free shortcuts."""
-
-    level_width: Tensor
-    weight: Tensor
-
-    def __init__(self, block: BottleneckBlock, projection: Projection, options: FreezeOptions):
-        super().__init__()
-        dtype = options.dtype
-        self.stride, self.groups, self.backend = block.stride, block.groups, options.backend
-        self.skipped = block.widths[0] == 0
-        self.projection = register_folded(self, "projection", projection.conv.weight, projection.norm, dtype)
-        self.conv1 = register_folded(self, "1_", block.conv1.weight, block.norm1, dtype)
-        self.conv2 = register_folded(self, "2_", block.conv2.weight, block.norm2, dtype)
-        register_conv(self, "", block.conv3.weight.detach(), None, dtype)
-        self.norm = FrozenNorm(block.norm3, block.hierarchy.num_levels, dtype)
-        self.register_buffer("level_width", block.level_width.clone())
-
-    def forward(
-        self, x: Tensor, level_N: Tensor, order_N: Tensor, count_L: Tensor, set_index: int, entry_stride: int = 1
-    ) -> Tensor:
-        """x [N, C, H, W], never overwritten -> [N, out_channels, ceil(H / stride), ceil(W / stride)]."""
-        width_N = self.level_width.index_select(0, level_N)
-        conv = functools.partial(dk.den_conv2d, backend=self.backend)
-        y = F.conv2d(x, *self.projection[set_index], self.stride)
-        h = conv(x, *self.conv1[set_index], None, width_N).relu_()
-        h = conv(h, *self.conv2[set_index], width_N, width_N, stride=self.stride, padding=1, groups=self.groups).relu_()
-        h = conv(h, self.weight, None, width_N)
-        z = self.norm(h, level_N, set_index).add_(y).relu_()
-        return torch.where((width_N > 0)[:, None, None, None], z, y) if self.skipped else z
-
-
 @freeze_block.register
 def _(block: BottleneckBlock, options: FreezeOptions) -> nn.Module:
     levels, shortcut_path = block.hierarchy.num_levels, None
     if block.projection is not None:
-        weight = block.projection.conv.weight
-        if resolve(options.backend, weight.device, options.dtype).NAME == "triton":
-            return FrozenProjectionBlock(block, block.projection, options)
-        shortcut_path = weight.to(options.dtype), *tables(block.projection.norm, levels)
+        weight = block.projection.conv.weight.to(options.dtype)
+        shortcut_path = weight, *tables(block.projection.norm, levels)
     norms = [tables(norm, levels) for norm in (block.norm1, block.norm2, block.norm3)]
     return dk.FusedResidualBlock(
         [conv.weight.to(options.dtype) for conv in (block.conv1, block.conv2, block.conv3)],

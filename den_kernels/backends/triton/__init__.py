@@ -236,9 +236,7 @@ def batch_norm_backward(
     from den_kernels.backends.triton import conv, launch, norm
 
     if x.numel() == 0:
-        return plain_batch_norm.batch_norm_backward(
-            grad, x, row, width, weight, bias, mean, var, count, eps, relu
-        )
+        return plain_batch_norm.batch_norm_backward(grad, x, row, width, weight, bias, mean, var, count, eps, relu)
     grad, x = _channels_last(grad), _channels_last(x)
     dx = conv.empty_map(tuple(x.shape), x)
     dweight, dbias = torch.empty_like(mean), torch.empty_like(mean)
@@ -284,16 +282,14 @@ def residual_block(
 ) -> None:
     """Write the fused block of ``x`` to ``out``, which may be ``x`` when the shapes agree.
 
-    ``weight`` comes from `pack_weight`. The kernels read levels from ``order`` and ``count`` (from `plan`), which say
-    the same as ``level`` with fewer dependent loads.
+    ``weight`` comes from `pack_weight`. The convolutions read levels from ``order`` and ``count`` (from `plan`), which
+    say the same as ``level`` with fewer dependent loads.
 
     Raises:
-        ValueError: ``x`` or ``out`` is not channels_last, or the shortcut is a projection, which these kernels lack.
+        ValueError: ``x`` or ``out`` is not channels_last.
     """
     from den_kernels.backends.triton import block, launch
 
-    if projection:
-        raise ValueError("projection is given; the triton backend's blocks have parameter-free shortcuts only")
     for name, tensor in (("x", x), ("out", out)):
         if not tensor.is_contiguous(memory_format=torch.channels_last):
             raise ValueError(
@@ -305,6 +301,7 @@ def residual_block(
     planned = block.plan_block(
         x,
         out,
+        level,
         order,
         count,
         widths,
@@ -316,6 +313,7 @@ def residual_block(
         kernel_size,
         stride,
         groups,
+        projection,
         relu,
         in_place=out.data_ptr() == x.data_ptr(),
     )

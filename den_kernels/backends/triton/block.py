@@ -9,283 +9,34 @@ beyond a level return after a few scalar loads. Two launches, not one: a block i
 and recomputing the halo costs more than the round trip of `hidden` through L2 saves (WRN-32-4 stage 1 in bf16: 128 KiB
 a sample written and read, against 75 MFLOP a convolution).
 
+A batch that does not fill the device, or a deep reduction over a small map, has few programs, each of many steps: then
+the reduction is split, at the cost of one more launch (`configs.splits`).
+
+A projection shortcut is a launch of its own in front (`projection.py`): it fills `out`, and the last convolution adds
+to it in place, the traffic that a dense network has.
+
 Hidden channels from the width up to the next multiple of 16 are written as zeros, which lets the next convolution
 load whole 16-byte vectors; channels beyond are never written and never read.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
 
 from den_kernels.backends.triton import configs
+from den_kernels.backends.triton.block_kernels import hidden_kernel, last_kernel
 from den_kernels.backends.triton.conv import empty_map, output_size
-from den_kernels.backends.triton.implicit_gemm import accumulate_forward, clamp_width, relu
 from den_kernels.backends.triton.launch import Launch, check_indexable, dot_precision, multiprocessors
-
-# Not worth a compilation for each value: the batch size, and whether a row of the plan happens to be aligned.
-_VARYING = ["samples", "tiles_m", "tiles_n"]
-_ROWS = ["order_ptr", "count_ptr", "widths_ptr"]
-
-
-@triton.jit
-def slot_level(count_ptr, slot, LEVELS: tl.constexpr):
-    """The level of a slot of the plan: count[l] samples have level >= l, so independent loads find it."""
-    level = 0
-    for l in tl.static_range(1, LEVELS):
-        level += (tl.load(count_ptr + l) > slot).to(tl.int32)
-    return level
-
-
-@triton.jit
-def pooled_shortcut(x_ptr, row_M, col_N, ok_MN, out_w, in_h, in_w, in_channels, POOL: tl.constexpr):
-    """Average over POOL x POOL windows (one cut by the edge divides by what is inside); zeros above x's channels."""
-    top_M = (row_M // out_w) * POOL
-    left_M = (row_M % out_w) * POOL
-    ok_MN = ok_MN & (col_N < in_channels)[None, :]
-    sum_MN = tl.zeros((row_M.shape[0], col_N.shape[0]), tl.float32)
-    # A real loop: unrolled, the loads of all taps are in flight at once and the epilogue spills.
-    for tap in tl.range(POOL * POOL, num_stages=1):
-        y_M = top_M + tap // POOL
-        x_M = left_M + tap % POOL
-        inside_M = (y_M < in_h) & (x_M < in_w)
-        offset_MN = ((y_M * in_w + x_M) * in_channels)[:, None] + col_N[None, :]
-        sum_MN += tl.load(x_ptr + offset_MN, mask=ok_MN & inside_M[:, None], other=0.0).to(tl.float32)
-    size_M = tl.minimum(in_h - top_M, POOL) * tl.minimum(in_w - left_M, POOL)
-    return tl.div_rn(sum_MN, tl.maximum(size_M, 1).to(tl.float32)[:, None])
-
-
-@triton.jit
-def shortcut(x_ptr, row_M, col_N, ok_MN, out_w, in_h, in_w, in_channels, POOL: tl.constexpr):
-    if POOL == 1:
-        ok_MN = ok_MN & (col_N < in_channels)[None, :]
-        return tl.load(x_ptr + row_M[:, None] * in_channels + col_N[None, :], mask=ok_MN, other=0.0)
-    else:
-        return pooled_shortcut(x_ptr, row_M, col_N, ok_MN, out_w, in_h, in_w, in_channels, POOL)
-
-
-@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_ROWS)
-def hidden_kernel(
-    x_ptr,  # [N, H, W, C]: the block's input by sample (FIRST), or hidden activations by slot
-    weight_ptr,  # [C_hidden, KERNEL, KERNEL, group_in]
-    scale_ptr,  # [LEVELS, C_hidden] float32
-    shift_ptr,
-    pre_scale_ptr,  # [C] float32, or None
-    pre_shift_ptr,
-    order_ptr,  # [N] int32
-    count_ptr,  # [LEVELS] int32
-    widths_ptr,  # [LEVELS] int32
-    out_ptr,  # [N, out_h, out_w, C_hidden], by slot
-    samples,
-    in_channels,
-    out_channels,
-    in_h,
-    in_w,
-    out_w,
-    out_pixels,
-    group_in,
-    group_out,
-    tiles_m,
-    tiles_n,
-    LEVELS: tl.constexpr,
-    FIRST: tl.constexpr,
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    SPAN: tl.constexpr,
-    GRANULE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    pid = tl.program_id(0)
-    tile_n = pid % tiles_n
-    chunk = (pid // tiles_n) % CHUNKS
-    tile_m = (pid // (tiles_n * CHUNKS)) % tiles_m
-    slot = pid // (tiles_n * CHUNKS * tiles_m)
-
-    level = slot_level(count_ptr, slot, LEVELS)
-    width = clamp_width(tl.load(widths_ptr + level), out_channels)
-    if chunk * (SPAN * group_out) + tile_n * BLOCK_N >= width:
-        return
-
-    if FIRST:
-        source = clamp_width(tl.load(order_ptr + slot), samples - 1)
-        limit = SPAN * group_in
-    else:
-        source = slot
-        limit = tl.minimum(tl.maximum(width - chunk * (SPAN * group_in), 0), SPAN * group_in)
-    row_M = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    local_N = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    col_N = chunk * (SPAN * group_out) + local_N
-    col_ok_N = local_N < SPAN * group_out
-
-    if pre_scale_ptr is not None:
-        pre_scale_ptr += chunk * (SPAN * group_in)
-        pre_shift_ptr += chunk * (SPAN * group_in)
-    acc_MN = accumulate_forward(
-        x_ptr + source.to(tl.int64) * (in_h * in_w * in_channels) + chunk * (SPAN * group_in),
-        weight_ptr,
-        pre_scale_ptr,
-        pre_shift_ptr,
-        row_M,
-        col_N,
-        local_N,
-        col_ok_N,
-        out_w,
-        out_pixels,
-        in_h,
-        in_w,
-        in_channels,
-        group_in,
-        group_out,
-        limit,
-        0,
-        1,
-        KERNEL,
-        KERNEL,
-        STRIDE,
-        STRIDE,
-        KERNEL // 2,
-        KERNEL // 2,
-        1,
-        1,
-        SPAN,
-        GRANULE,
-        False,
-        PRECISION,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-    )
-    scale_N = tl.load(scale_ptr + level * out_channels + col_N, mask=col_ok_N, other=0.0)
-    shift_N = tl.load(shift_ptr + level * out_channels + col_N, mask=col_ok_N, other=0.0)
-    acc_MN = relu(acc_MN * scale_N[None, :] + shift_N[None, :])
-    acc_MN = tl.where((col_N < width)[None, :], acc_MN, 0.0)
-    written_N = col_ok_N & (col_N < ((width + 15) // 16) * 16)
-    out_MN = out_ptr + slot.to(tl.int64) * (out_pixels * out_channels) + row_M[:, None] * out_channels + col_N[None, :]
-    ok_MN = (row_M < out_pixels)[:, None] & written_N[None, :]
-    tl.store(out_MN, acc_MN.to(out_ptr.dtype.element_ty), mask=ok_MN)
-
-
-@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_ROWS)
-def last_kernel(
-    hidden_ptr,  # [N, H, W, C_hidden], by slot
-    weight_ptr,  # [O, KERNEL, KERNEL, group_in]
-    scale_ptr,  # [LEVELS, O] float32
-    shift_ptr,
-    order_ptr,
-    count_ptr,
-    widths_ptr,
-    x_ptr,  # [N, x_h, x_w, x_channels], the block's input; may be out_ptr
-    out_ptr,  # [N, out_h, out_w, O]
-    samples,
-    hidden_channels,
-    out_channels,
-    in_h,
-    in_w,
-    out_w,
-    out_pixels,
-    x_channels,
-    x_h,
-    x_w,
-    group_in,
-    group_out,
-    tiles_m,
-    tiles_n,
-    LEVELS: tl.constexpr,
-    IN_PLACE: tl.constexpr,
-    POOL: tl.constexpr,
-    RELU: tl.constexpr,
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    SPAN: tl.constexpr,
-    GRANULE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    pid = tl.program_id(0)
-    tile_n = pid % tiles_n
-    chunk = (pid // tiles_n) % CHUNKS
-    tile_m = (pid // (tiles_n * CHUNKS)) % tiles_m
-    slot = pid // (tiles_n * CHUNKS * tiles_m)
-
-    level = slot_level(count_ptr, slot, LEVELS)
-    width = clamp_width(tl.load(widths_ptr + level), hidden_channels)
-    if IN_PLACE:  # noqa: SIM102 - the outer condition is known at compile time
-        if width == 0:
-            return
-
-    sample = clamp_width(tl.load(order_ptr + slot), samples - 1).to(tl.int64)
-    row_M = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    local_N = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    col_N = chunk * (SPAN * group_out) + local_N
-    col_ok_N = local_N < SPAN * group_out
-    ok_MN = (row_M < out_pixels)[:, None] & col_ok_N[None, :]
-    x_ptr += sample * (x_h * x_w * x_channels)
-    out_MN = out_ptr + sample * (out_pixels * out_channels) + row_M[:, None] * out_channels + col_N[None, :]
-
-    if not IN_PLACE:  # noqa: SIM102
-        if width == 0:
-            same_MN = shortcut(x_ptr, row_M, col_N, ok_MN, out_w, x_h, x_w, x_channels, POOL)
-            tl.store(out_MN, same_MN.to(out_ptr.dtype.element_ty), mask=ok_MN)
-            return
-
-    limit = tl.minimum(tl.maximum(width - chunk * (SPAN * group_in), 0), SPAN * group_in)
-    acc_MN = accumulate_forward(
-        hidden_ptr + slot.to(tl.int64) * (in_h * in_w * hidden_channels) + chunk * (SPAN * group_in),
-        weight_ptr,
-        None,
-        None,
-        row_M,
-        col_N,
-        local_N,
-        col_ok_N,
-        out_w,
-        out_pixels,
-        in_h,
-        in_w,
-        hidden_channels,
-        group_in,
-        group_out,
-        limit,
-        0,
-        1,
-        KERNEL,
-        KERNEL,
-        STRIDE,
-        STRIDE,
-        KERNEL // 2,
-        KERNEL // 2,
-        1,
-        1,
-        SPAN,
-        GRANULE,
-        False,
-        PRECISION,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-    )
-    scale_N = tl.load(scale_ptr + level * out_channels + col_N, mask=col_ok_N, other=0.0)
-    shift_N = tl.load(shift_ptr + level * out_channels + col_N, mask=col_ok_N, other=0.0)
-    same_MN = shortcut(x_ptr, row_M, col_N, ok_MN, out_w, x_h, x_w, x_channels, POOL).to(tl.float32)
-    acc_MN = same_MN + (acc_MN * scale_N[None, :] + shift_N[None, :])
-    if RELU:
-        acc_MN = relu(acc_MN)
-    tl.store(out_MN, acc_MN.to(out_ptr.dtype.element_ty), mask=ok_MN)
+from den_kernels.backends.triton.projection import plan_projection
 
 
 def plan_block(
     x: torch.Tensor,
     out: torch.Tensor,
+    level: torch.Tensor,
     order: torch.Tensor,
     count: torch.Tensor,
     widths: torch.Tensor,
@@ -297,21 +48,26 @@ def plan_block(
     kernel_size: Sequence[int],
     stride: Sequence[int],
     groups: Sequence[int],
+    projection: Sequence[torch.Tensor],
     relu: bool,
     in_place: bool,
 ) -> list[Launch]:
     """The launches of one block, in order; ``x`` and ``out`` are channels_last and not empty."""
     precision = dot_precision(x.dtype)
-    samples, x_channels, x_h, x_w = x.shape
+    samples = x.shape[0]
     launches: list[Launch] = []
+    residual, pooling = x, math.prod(stride)
+    if projection:
+        # The convolutions still read x when it is to be overwritten.
+        residual, pooling = empty_map(tuple(out.shape), out) if in_place else out, 1
+        launches.append(plan_projection(x, *projection, level, residual, math.prod(stride)))
+        in_place = not in_place
     source = x
     padded_in = True  # whether what `source` holds beyond a width, up to the next multiple of 16, is zero
-    pool = 1
     last = len(weight_OHWI) - 1
     for i, weight in enumerate(weight_OHWI):
         _, in_channels, in_h, in_w = source.shape
         out_channels, kernel, _, group_in = weight.shape
-        pool *= stride[i]
         out_h = output_size(in_h, kernel, stride[i], kernel // 2, 1)
         out_w = output_size(in_w, kernel, stride[i], kernel // 2, 1)
         group_out = out_channels // groups[i]
@@ -336,6 +92,14 @@ def plan_block(
             multiprocessors=multiprocessors(x.device),
         )
         tiles_m, tiles_n = -(-(out_h * out_w) // tile.block_m), -(-(span * group_out) // tile.block_n)
+        programs = samples * tiles_m * chunks * tiles_n
+        splits = configs.splits(
+            programs, kernel * kernel * -(-(span * group_in) // tile.block_k), multiprocessors(x.device)
+        )
+        workspace = None
+        if splits > 1:
+            shape = (splits, samples, out_h * out_w, out_channels)
+            workspace = torch.empty(shape, dtype=torch.float32, device=x.device)
         arguments = {
             "weight_ptr": weight,
             "scale_ptr": scale[i],
@@ -344,6 +108,7 @@ def plan_block(
             "count_ptr": count,
             "widths_ptr": widths,
             "out_ptr": target,
+            "workspace_ptr": workspace,
             "samples": samples,
             "out_channels": out_channels,
             "in_h": in_h,
@@ -357,6 +122,8 @@ def plan_block(
         }
         constants = {
             "LEVELS": count.shape[0],
+            "PARTS": splits,
+            "SUM_OF": 0,
             "KERNEL": kernel,
             "STRIDE": stride[i],
             "CHUNKS": chunks,
@@ -376,14 +143,16 @@ def plan_block(
             arguments |= {
                 "hidden_ptr": source,
                 "hidden_channels": in_channels,
-                "x_ptr": x,
-                "x_channels": x_channels,
-                "x_h": x_h,
-                "x_w": x_w,
+                "x_ptr": residual,
+                "x_channels": residual.shape[1],
+                "x_h": residual.shape[2],
+                "x_w": residual.shape[3],
             }
-            constants |= {"IN_PLACE": in_place, "POOL": pool, "RELU": relu}
+            constants |= {"IN_PLACE": in_place, "POOL": pooling, "RELU": relu}
         kernel_fn = hidden_kernel if i < last else last_kernel
-        launches.append(Launch(kernel_fn, samples * tiles_m * chunks * tiles_n, arguments, constants, tile))
+        launches.append(Launch(kernel_fn, programs * splits, arguments, constants, tile))
+        if splits > 1:
+            launches.append(Launch(kernel_fn, programs, arguments, constants | {"PARTS": 1, "SUM_OF": splits}, tile))
         source = target
         padded_in = chunks == 1 or (span * group_out) % 16 == 0
     return launches

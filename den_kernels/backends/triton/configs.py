@@ -109,6 +109,17 @@ def choose(
     return make(block_m, block_n, block_k, through_registers)
 
 
+def splits(programs: int, steps: int, multiprocessors: int) -> int:
+    """Into how many parts to cut a reduction of ``steps`` (at full width), 1 for none.
+
+    Parts pay for the launch that adds them where a device half empty would walk a long reduction: they fill the device
+    once, and each has at least 4 steps, enough for the loads to run ahead.
+    """
+    if steps < 16:
+        return 1
+    return max(1, min(multiprocessors // programs, steps // 4, 8))
+
+
 def _pixel_steps(pixels: int, sizes: tuple[int, ...]) -> tuple[int, bool]:
     """Pixels a step, and whether steps run over samples' ends: where cutting each map into steps wastes over 15%."""
     fitting = [size for size in sizes if -(-pixels // size) * size <= 1.15 * pixels]

@@ -91,9 +91,7 @@ def data_gradient_kernel(
     col_N = chunk * (SPAN * group_in) + local_N
     col_ok_N = local_N < SPAN * group_in
     ok_MN = row_ok_M[:, None] & col_ok_N[None, :]
-    dx_MN = (
-        dx_ptr + sample.to(tl.int64) * (in_h * in_w * in_channels) + pixel_M[:, None] * in_channels + col_N[None, :]
-    )
+    dx_MN = dx_ptr + sample.to(tl.int64) * (in_h * in_w * in_channels) + pixel_M[:, None] * in_channels + col_N[None, :]
 
     in_limit = in_channels
     if in_width_ptr is not None:

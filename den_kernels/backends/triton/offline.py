@@ -11,6 +11,7 @@ import argparse
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,66 +61,43 @@ def typical_launches(
 
     activations, filters, integers, rows = _makers(dtype, samples)
     x, levels = activations(channels, size), 4
-    plan = (integers(samples), integers(levels), integers(levels))
+    plan = (integers(samples), integers(samples), integers(levels), integers(levels))
     table = rows(levels, channels)
     square = filters(channels, channels // groups, 3)
-    first, last = block.plan_block(
-        x,
-        x,
-        *plan,
-        [square] * 2,
-        [table] * 2,
-        [table] * 2,
-        None,
-        None,
-        [3, 3],
-        [1, 1],
-        [groups] * 2,
-        True,
-        in_place=True,
-    )
-    pre = rows(channels)
-    first_pre = block.plan_block(
-        x,
-        x,
-        *plan,
-        [square] * 2,
-        [table] * 2,
-        [table] * 2,
-        pre,
-        pre,
-        [3, 3],
-        [1, 1],
-        [groups] * 2,
-        False,
-        in_place=True,
-    )[0]
-    wide = rows(levels, 2 * channels)
-    *_, inner, last_pooled = block.plan_block(
-        x,
-        activations(2 * channels, size // 2),
-        *plan,
-        [filters(channels, channels, 1), square, filters(2 * channels, channels, 1)],
-        [table, table, wide],
-        [table, table, wide],
-        None,
-        None,
-        [1, 3, 1],
-        [1, 2, 1],
-        [1, groups, 1],
-        True,
-        in_place=False,
-    )
+
+    def fused(y: torch.Tensor, weights, tables, kernels, strides, pre=None, projection=()) -> list[Launch]:
+        grouped = [groups if kernel == 3 else 1 for kernel in kernels]
+        return block.plan_block(
+            x, y, *plan, weights, tables, tables, pre, pre, kernels, strides, grouped, projection, True, in_place=y is x
+        )
+
+    basic = [square] * 2, [table] * 2, [3, 3], [1, 1]
+    wide, down = rows(levels, 2 * channels), activations(2 * channels, -(-size // 2))
+    narrow, broad = filters(channels, channels, 1), filters(2 * channels, channels, 1)
+    bottleneck = [narrow, square, broad], [table, table, wide], [1, 3, 1], [1, 2, 1]
     width, geometry = integers(samples), ((1, 1), (1, 1), (1, 1), groups)
     return {
         "conv2d": conv.plan_conv2d(x, square, rows(channels).to(dtype), width, width, None, x, *geometry),
         "conv2d, full": conv.plan_conv2d(x, square, None, None, None, None, x, *geometry),
-        "first": first,
-        "first, pre-activation": first_pre,
-        "inner": inner,
-        "last": last,
-        "last, pooled": last_pooled,
+        "conv2d, residual": conv.plan_conv2d(x, square, None, width, None, x, x, *geometry),
+        **_named(("first", "last"), fused(x, *basic)),
+        **_named(("first, pre-activation",), fused(x, *basic, pre=rows(channels))),
+        **_named(("", "inner", "last, pooled"), fused(down, *bottleneck)),
+        **_named(("projection",), fused(down, *bottleneck, projection=(broad, wide, wide))),
     }
+
+
+def _named(names: Sequence[str], launches: Sequence[Launch]) -> dict[str, Launch]:
+    """The launches of a block's convolutions by name, a sum of parts by that of its convolution; "" is left out."""
+    named, left = {}, iter(names)
+    name = ""
+    for launch in launches:
+        if launch.constants.get("SUM_OF"):
+            named[f"{name}, sum of parts"] = launch
+            continue
+        name = next(left, "")
+        named[name] = launch
+    return {name: launch for name, launch in named.items() if name and not name.startswith(",")}
 
 
 def training_launches(
@@ -134,9 +112,7 @@ def training_launches(
     packed = weight_gradient.plan_weight_gradient(activations(channels, 3), activations(channels, 3), width, width,
                                                   square, *strides[1])[1]  # fmt: skip
     levels, tables = integers(samples), [rows(4, channels) for _ in range(5)]
-    sums, statistics, normalise = norm.plan_forward(
-        x, levels, width, *tables[:2], x, *tables[2:], eps=1e-5, relu=True
-    )
+    sums, statistics, normalise = norm.plan_forward(x, levels, width, *tables[:2], x, *tables[2:], eps=1e-5, relu=True)
     gradient_sums, parameters, input_gradient = norm.plan_backward(
         x, x, levels, width, *tables, x, *tables[:2], eps=1e-5, relu=True
     )
@@ -243,13 +219,13 @@ def main() -> None:
     for batch in arguments.batch:
         for channels, size in ((64, 32), (128, 16), (256, 8)):
             for name, launch in typical_launches(torch.bfloat16, batch, channels, size).items():
-                m, n, k, warps, stages = launch.tile
                 cells = []
                 for arch in arguments.arch:
                     report = compile_launch(launch, arch)
                     shared = report.shared_bytes / 1024
                     cells.append(f"{arch}: {report.registers}, {shared:.0f}, {report.spill_bytes}")
-                tile = f"{m} x {n} x {k}, {warps}, {stages}"
+                sizes = " x ".join(map(str, launch.blocks.values()))
+                tile = f"{sizes}, {launch.tile.num_warps}, {launch.tile.num_stages}"
                 print(f"| {name} | {batch} | {channels}, {size} | {tile} | {'; '.join(cells)} |", flush=True)
 
 

@@ -65,9 +65,7 @@ def plan_kernel(
     tl.store(count_ptr + block.to(tl.int64) * LEVELS + l, next_L, mask=l < LEVELS)
 
 
-def plan_plan(
-    level_NB: torch.Tensor, level_BN: torch.Tensor, order_BN: torch.Tensor, count_BL: torch.Tensor
-) -> Launch:
+def plan_plan(level_NB: torch.Tensor, level_BN: torch.Tensor, order_BN: torch.Tensor, count_BL: torch.Tensor) -> Launch:
     """The one launch of the plan; ``level_NB`` has any strides, the results are contiguous."""
     samples, blocks = level_NB.shape
     levels = count_BL.shape[1]
