@@ -79,17 +79,24 @@ def plan_block(
             target = out
         check_indexable(weight, source, target)
         granule = configs.granule(span * group_in) if padded_in else 1
-        tile = configs.choose(
-            configs.kind(x.dtype, precision),
-            samples=samples * chunks,
-            rows=out_h * out_w,
-            reduction=span * group_in,
-            columns=span * group_out,
-            elastic_in=i > 0 and chunks == 1,
-            elastic_out=i < last and chunks == 1,
-            through_registers=i == 0 and pre_scale is not None,
-            vectors=granule > 1,
-            multiprocessors=multiprocessors(x.device),
+        kind = configs.kind(x.dtype, precision)
+        name = "last" if i == last else "inner" if i > 0 else "first" if pre_scale is None else "first-pre"
+        shape = (in_channels, out_channels, in_h, in_w, (kernel, kernel), (stride[i], stride[i]), groups[i])
+        tile = configs.tile(
+            configs.Problem(name, kind, *shape, configs.batch_class(samples)),
+            x.device,
+            configs.Facts(
+                kind=kind,
+                samples=samples * chunks,
+                rows=out_h * out_w,
+                reduction=span * group_in,
+                columns=span * group_out,
+                elastic_in=i > 0 and chunks == 1,
+                elastic_out=i < last and chunks == 1,
+                through_registers=i == 0 and pre_scale is not None,
+                vectors=granule > 1,
+                multiprocessors=multiprocessors(x.device),
+            ),
         )
         tiles_m, tiles_n = -(-(out_h * out_w) // tile.block_m), -(-(span * group_out) // tile.block_n)
         programs = samples * tiles_m * chunks * tiles_n

@@ -1,22 +1,75 @@
 """Which tile a launch uses: decided by shape, dtype, batch size and device, never by level values or by timing.
 
-Autotuning at run time would break graph capture and repeatability. The heuristic picks from `tiles`, few enough to
-compile every one offline (tests/test_triton_compile.py).
+Autotuning at run time would break graph capture and repeatability. A device's table (`tile_tables`), measured once by
+`python -m den_kernels.tune`, says which tile is fastest; where it has no entry, the heuristic picks from `tiles`. Both
+are few enough to compile every one offline (tests/test_triton_compile.py).
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 
+from den_kernels.backends.triton import tile_tables
+from den_kernels.backends.triton.tile_tables import Problem, TileConfig, batch_class
 
-class TileConfig(NamedTuple):
-    block_m: int  # output pixels, all of one sample
-    block_n: int  # output channels
-    block_k: int  # input channels of one tap in a step
-    num_warps: int
-    num_stages: int
+__all__ = ["Facts", "Problem", "TileConfig", "batch_class", "choose", "searching", "tile", "tiles"]
+
+# What a search tries in place of table and heuristic, and where it notes what launches asked for.
+_search: contextvars.ContextVar[tuple[Mapping[Problem, TileConfig], dict[Problem, Asked]] | None] = (
+    contextvars.ContextVar("search", default=None)
+)
+
+
+class Asked(NamedTuple):
+    """What a launch told `tile` about itself, and the tile that it got."""
+
+    tile: TileConfig
+    facts: Facts
+
+
+class Facts(NamedTuple):
+    """What the heuristic goes by; see `choose`."""
+
+    kind: str
+    samples: int
+    rows: int
+    reduction: int
+    columns: int
+    elastic_in: bool
+    elastic_out: bool
+    through_registers: bool
+    vectors: bool
+    multiprocessors: int
+
+
+@contextlib.contextmanager
+def searching(tiles: Mapping[Problem, TileConfig]) -> Iterator[dict[Problem, Asked]]:
+    """Within, launches take ``tiles``, or else the heuristic's, whatever table there is: for a tuner.
+
+    Yields what they ask for, in their order.
+    """
+    asked: dict[Problem, Asked] = {}
+    token = _search.set((tiles, asked))
+    try:
+        yield asked
+    finally:
+        _search.reset(token)
+
+
+def tile(problem: Problem, device: torch.device, facts: Facts) -> TileConfig:
+    """The tile of a launch: the device's table says which, or else the heuristic."""
+    search = _search.get()
+    if search is None:
+        return tile_tables.lookup(problem, device) or choose(**facts._asdict())
+    tried, asked = search
+    found = tried.get(problem) or choose(**facts._asdict())
+    asked[problem] = Asked(found, facts)
+    return found
 
     @property
     def blocks(self) -> dict[str, int]:

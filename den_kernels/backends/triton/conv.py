@@ -149,17 +149,24 @@ def plan_conv2d(
     span = configs.group_span(group_in, group_out, groups)
     precision = dot_precision(x.dtype)
     granule = configs.granule(span * group_in)
-    tile = configs.choose(
-        configs.kind(x.dtype, precision),
-        samples=samples * (groups // span),
-        rows=out_h * out_w,
-        reduction=span * group_in,
-        columns=span * group_out,
-        elastic_in=in_width is not None,
-        elastic_out=out_width is not None,
-        through_registers=in_width is not None,
-        vectors=granule > 1,
-        multiprocessors=multiprocessors(x.device),
+    kind = configs.kind(x.dtype, precision)
+    elastic = ("-in" if in_width is not None else "") + ("-out" if out_width is not None else "")
+    shape = (in_channels, out_channels, in_h, in_w, (kernel_h, kernel_w), stride, groups)
+    tile = configs.tile(
+        configs.Problem(f"conv2d{elastic}", kind, *shape, configs.batch_class(samples)),
+        x.device,
+        configs.Facts(
+            kind=kind,
+            samples=samples * (groups // span),
+            rows=out_h * out_w,
+            reduction=span * group_in,
+            columns=span * group_out,
+            elastic_in=in_width is not None,
+            elastic_out=out_width is not None,
+            through_registers=in_width is not None,
+            vectors=granule > 1,
+            multiprocessors=multiprocessors(x.device),
+        ),
     )
     tiles_m, tiles_n = -(-(out_h * out_w) // tile.block_m), -(-(span * group_out) // tile.block_n)
     return Launch(
