@@ -21,12 +21,20 @@ import den_kernels as dk
 from den.blocks.base import Block
 from den.blocks.forms import FreezeOptions, fold, freeze_block, register_conv, register_folded, tables
 from den.budget import Budget
+from den.cuda_graph import StaticCalls, check_batches, check_capturable
 from den.estimator import HiddenTail, PoolTail, Stem, Tail, stem_pool, stem_stride
-from den.model import DEN, DENOutput, LevelLike, check_images, check_task, check_tasks, choose
+from den.model import DEN, DENOutput, LevelLike, check_choice, check_images, check_task, check_tasks, choose
 from den.selector import Selector, SelectorBlock, budget_of, read_head, shrink
 
 
-def freeze(model: DEN, dtype: torch.dtype | None = None, backend: str = "auto", *, winograd: bool = True) -> FrozenDEN:
+def freeze(
+    model: DEN,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+    *,
+    winograd: bool = True,
+    cuda_graph: bool | Sequence[int] = False,
+) -> FrozenDEN:
     """The inference form of a model, on the model's device, with copies of its weights.
 
     Batch norms, with their running statistics whatever mode the model is in, become a scale and shift by level;
@@ -39,20 +47,35 @@ def freeze(model: DEN, dtype: torch.dtype | None = None, backend: str = "auto", 
         backend: of `den_kernels`; "auto" takes the fastest on this machine.
         winograd: let the CPU kernels compute 3x3 convolutions of stride 1 by Winograd's algorithm: faster, with a
             largest error near 1e-5 of the largest value in place of 1e-6 (float32).
+        cuda_graph: replay each call, selector included, as one CUDA graph. True: for batches of the first call's size;
+            or the batch sizes to allow, such as (1, 64). Images are all of the first call's height and width; another
+            size is a ValueError. Each batch size is captured at its first call, for each task, and once more where the
+            caller gives the levels. Use one stream at a time.
 
     Returns: a module called like the model, with the same `DENOutput` (logits in `dtype`).
 
     Raises:
-        TypeError: model is not a DEN, dtype not a floating-point dtype, or a block of a kind that cannot be frozen.
-        RuntimeError: a backend asked for by name cannot be used here.
+        TypeError: model is not a DEN, dtype not a floating-point dtype, cuda_graph neither a bool nor batch sizes, or a
+            block of a kind that cannot be frozen.
+        ValueError: cuda_graph holds a batch size below 1.
+        RuntimeError: a backend asked for by name cannot be used here; cuda_graph for a model that is not on a GPU, or
+            whose blocks run on another backend than "triton".
     """
     if not isinstance(model, DEN):
         raise TypeError(f"model is a {type(model).__name__}; it must be a den.DEN")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype is {dtype!r}; it must be a floating-point dtype such as torch.bfloat16")
+    batches = None if cuda_graph is False else check_batches(cuda_graph)
     with torch.no_grad():
         dtype = dtype or next(model.estimator.parameters()).dtype
-        return FrozenDEN(model, FreezeOptions(dtype, winograd, backend))
+        if batches is not None:
+            check_capturable(model.estimator.device, ())  # before the work of freezing
+        frozen = FrozenDEN(model, FreezeOptions(dtype, winograd, backend))
+    if batches is not None:
+        fused = (module for module in frozen.modules() if isinstance(module, dk.FusedResidualBlock))
+        check_capturable(frozen.device, [block.backend for block in fused])
+        frozen.calls = StaticCalls(batches, dtype)
+    return frozen
 
 
 class FrozenDEN(nn.Module):
@@ -73,6 +96,7 @@ class FrozenDEN(nn.Module):
         self.tail = freeze_tail(cast(Tail, estimator.tail), dtype)
         self.heads = copy.deepcopy(estimator.heads).to(dtype).requires_grad_(False)
         self.selector = freeze_selector(model.selector, options)
+        self.calls: StaticCalls | None = None  # set by `freeze`: how calls are replayed
         # The architecture without its weights, for cost tables; in __dict__ so that it is no part of this module.
         self.__dict__["source"] = _without_weights(model)
         self.eval()
@@ -88,6 +112,8 @@ class FrozenDEN(nn.Module):
                 f"this model was frozen for {self.device} and {self.dtype}, and its weights are packed for that; "
                 f"move the model that it was made from to {probe.device} and freeze that"
             )
+        if self.calls is not None:
+            self.calls.clear()
         return super()._apply(fn, recurse)
 
     def forward(
@@ -104,15 +130,28 @@ class FrozenDEN(nn.Module):
         """As `DEN.forward_tasks`."""
         check_tasks(tasks, self.tasks, self.set_index)
         check_images(x, self.in_channels, self.device, "this model was frozen for")
+        inputs = check_choice(self.selector, x, level, budget, self.num_blocks, self.num_levels)
+        names = tuple(tasks)
+        found = self.run(names, x, *inputs) if self.calls is None else self.calls(self.run, names, x, *inputs)
+        level_NB, level_probs, *logits = found
+        return {
+            task: DENOutput(cast(Tensor, l), cast(Tensor, level_NB), level_probs)
+            for task, l in zip(names, logits, strict=True)
+        }
+
+    def run(
+        self, tasks: tuple[str, ...], x: Tensor, level_NB: Tensor | None, budget_N: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """A call on checked arguments: levels, probabilities, logits of each task. Nothing here waits for a GPU."""
         set_index = self.set_index[tasks[0]]
         x = x.to(self.dtype, memory_format=torch.channels_last)
-        level_NB, level_probs = choose(self.selector, x, level, budget, self.num_blocks, self.num_levels)
+        level_NB, level_probs = choose(self.selector, x, level_NB, budget_N)
         plan = dk.plan_levels(level_NB, self.num_levels)
         stride = stem_stride(x.shape[2], x.shape[3], self.base_size)
         h = x if self.stem is None else self.stem(x, stride, set_index)
         entry = stride if self.stem is None else 1
         features = self.tail(self.trunk(h, plan, set_index, entry), set_index)
-        return {task: DENOutput(self.heads[task](features), level_NB, level_probs) for task in tasks}
+        return level_NB, level_probs, *(self.heads[task](features) for task in tasks)
 
 
 class Trunk:

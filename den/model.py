@@ -102,22 +102,33 @@ class DEN(nn.Module):
         """
         check_tasks(tasks, self.tasks, self.estimator.set_index)
         check_images(x, self.estimator.in_channels, self.estimator.device)
-        level_NB, level_probs = choose(self.selector, x, level, budget, self.num_blocks, self.num_levels)
+        decided = check_choice(self.selector, x, level, budget, self.num_blocks, self.num_levels)
+        level_NB, level_probs = choose(self.selector, x, *decided)
         logits = self.estimator(x, level_NB, tuple(tasks))
         return {task: DENOutput(l, level_NB, level_probs) for task, l in zip(tasks, logits, strict=True)}
 
 
-def choose(
+def check_choice(
     selector: nn.Module, x: Tensor, level: LevelLike | None, budget: Budget | None, num_blocks: int, num_levels: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Who decides: the caller's levels [N, B], or (None) the selector, at a budget [N] if it is told one.
+
+    See `DEN.forward` for what is raised.
+    """
+    if level is None:
+        return None, budget_of(getattr(selector, "condition", None), budget, x)
+    if budget is not None:
+        raise ValueError("level and budget are both given; a budget is for the selector, which a level stands for")
+    return check_level(level, x, num_blocks, num_levels), None
+
+
+def choose(
+    selector: nn.Module, x: Tensor, level_NB: Tensor | None, budget_N: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Levels [N, B] and, where the selector decides, its probabilities [N, B, L]; see `DEN.forward`."""
-    if level is not None:
-        if budget is not None:
-            raise ValueError("level and budget are both given; a budget is for the selector, which a level stands for")
-        return check_level(level, x, num_blocks, num_levels), None
-    if budget is not None and getattr(selector, "condition", None) is None:
-        budget_of(None, budget, x)
-    level_probs = (selector(x) if budget is None else selector(x, budget)).float().softmax(2)
+    """Levels [N, B] and, where the selector decides, its probabilities [N, B, L]; arguments of `check_choice`."""
+    if level_NB is not None:
+        return level_NB, None
+    level_probs = (selector(x) if budget_N is None else selector(x, budget_N)).float().softmax(2)
     return level_probs.argmax(2), level_probs
 
 
