@@ -31,6 +31,7 @@ from den_kernels.backends.triton.block_kernels import hidden_kernel, last_kernel
 from den_kernels.backends.triton.conv import empty_map, output_size
 from den_kernels.backends.triton.launch import Launch, check_indexable, dot_precision, multiprocessors
 from den_kernels.backends.triton.projection import plan_projection
+from den_kernels.backends.triton.tile_tables import Problem, batch_class
 
 
 def plan_block(
@@ -83,7 +84,7 @@ def plan_block(
         name = "last" if i == last else "inner" if i > 0 else "first" if pre_scale is None else "first-pre"
         shape = (in_channels, out_channels, in_h, in_w, (kernel, kernel), (stride[i], stride[i]), groups[i])
         tile = configs.tile(
-            configs.Problem(name, kind, *shape, configs.batch_class(samples)),
+            Problem(name, kind, *shape, batch_class(samples)),
             x.device,
             configs.Facts(
                 kind=kind,

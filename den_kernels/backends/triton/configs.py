@@ -15,9 +15,7 @@ from typing import NamedTuple
 import torch
 
 from den_kernels.backends.triton import tile_tables
-from den_kernels.backends.triton.tile_tables import Problem, TileConfig, batch_class
-
-__all__ = ["Facts", "Problem", "TileConfig", "batch_class", "choose", "searching", "tile", "tiles"]
+from den_kernels.backends.triton.tile_tables import Problem, TileConfig
 
 # What a search tries in place of table and heuristic, and where it notes what launches asked for.
 _search: contextvars.ContextVar[tuple[Mapping[Problem, TileConfig], dict[Problem, Asked]] | None] = (
@@ -113,6 +111,32 @@ def tiles(kind: str, through_registers: bool) -> list[TileConfig]:
     """Every tile that `choose` can return."""
     sizes_m, sizes_n, sizes_k, make = _FAMILIES[kind]
     return [make(m, n, k, through_registers) for m in sizes_m for n in sizes_n for k in sizes_k]
+
+
+# What a search tries beside `tiles`: blocks that only some shapes and GPUs have room for.
+_LARGER = {"half": 256, "tf32": 128, "fp32": 64}
+_STAGES = {"half": (2, 3, 4, 5), "tf32": (2, 3, 4), "fp32": (2, 3)}
+
+
+def candidates(facts: Facts) -> list[TileConfig]:
+    """Tiles that a search times first: every size that the problem can fill, the heuristic's warps and stages."""
+    sizes_m, sizes_n, sizes_k, make = _FAMILIES[facts.kind]
+    larger = _LARGER[facts.kind]
+    all_m, all_n = (tuple(dict.fromkeys((*sizes, larger))) for sizes in (sizes_m, sizes_n))
+    limit_m, limit_n = _covering(all_m, facts.rows), _covering(all_n, facts.columns)
+    limit_k = _covering(sizes_k, facts.reduction)
+    return [
+        make(m, n, k, facts.through_registers)
+        for m in all_m
+        for n in all_n
+        for k in sizes_k
+        if m <= limit_m and n <= limit_n and k <= limit_k and m * n <= 128 * larger
+    ]
+
+
+def variations(tile: TileConfig, kind: str) -> list[TileConfig]:
+    """The same blocks with other warps and stages, which a search times next."""
+    return [tile._replace(num_warps=warps, num_stages=stages) for warps in (4, 8) for stages in _STAGES[kind]]
 
 
 def _largest(sizes: tuple[int, ...], limit: int) -> int:

@@ -9,6 +9,7 @@ import triton.language as tl
 from den_kernels.backends.triton import configs
 from den_kernels.backends.triton.implicit_gemm import accumulate_forward, clamp_width
 from den_kernels.backends.triton.launch import Launch, check_indexable, dot_precision, multiprocessors
+from den_kernels.backends.triton.tile_tables import Problem, batch_class
 
 
 @triton.jit(do_not_specialize=["tiles_m", "tiles_n"], do_not_specialize_on_alignment=["in_width_ptr", "out_width_ptr"])
@@ -153,7 +154,7 @@ def plan_conv2d(
     elastic = ("-in" if in_width is not None else "") + ("-out" if out_width is not None else "")
     shape = (in_channels, out_channels, in_h, in_w, (kernel_h, kernel_w), stride, groups)
     tile = configs.tile(
-        configs.Problem(f"conv2d{elastic}", kind, *shape, configs.batch_class(samples)),
+        Problem(f"conv2d{elastic}", kind, *shape, batch_class(samples)),
         x.device,
         configs.Facts(
             kind=kind,
