@@ -114,11 +114,15 @@ def read_json(path: Path) -> tuple[list[Row], Conditions]:
     """What `write_json` wrote. Raises ValueError for another file."""
     try:
         content = json.loads(path.read_text())
-        fields = [{name: row[name] for name in Row.__dataclass_fields__} for row in content["rows"]]
-        rows = [Row(**{**row, "times": {name: Time(**time) for name, time in row["times"].items()}}) for row in fields]
-        return rows, content["conditions"]
+        return [row_of(row) for row in content["rows"]], content["conditions"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no table of `make bench` (--table-json): {error!r}") from None
+
+
+def row_of(values: Mapping[str, Any]) -> Row:
+    """The row that `Row.asdict` told. Raises KeyError or TypeError for other values."""
+    fields = {name: values[name] for name in Row.__dataclass_fields__}
+    return Row(**{**fields, "times": {name: Time(**time) for name, time in fields["times"].items()}})
 
 
 def headline(rows: Sequence[Row], conditions: Conditions) -> list[str]:
@@ -146,7 +150,7 @@ def as_text(rows: Sequence[Row], conditions: Conditions) -> list[str]:
     lines = headline(rows, conditions)
     for group in dict.fromkeys(row.group for row in rows):
         part = sorted((row for row in rows if row.group == group), key=lambda r: (r.case, r.den, r.dtype, r.batch))
-        lines += ["", group, *_aligned(_text_cells(part))]
+        lines += ["", group, *aligned(_text_cells(part))]
     return lines
 
 
@@ -172,12 +176,12 @@ def as_markdown(rows: Sequence[Row], conditions: Conditions) -> str:
     parts = ["\n".join(headline(rows, conditions))]
     for case, den, dtype in dict.fromkeys((row.case, row.den, row.dtype) for row in rows):
         part = [row for row in rows if (row.case, row.den, row.dtype) == (case, den, dtype)]
-        parts += [f"## {case}, {dtype}, {den}", _markdown(_efficiency_cells(part), left=(1, 3))]
-        parts += ["Medians of all engines, ms:", _markdown(_engine_cells(part), left=(1,))]
+        parts += [f"## {case}, {dtype}, {den}", markdown(efficiency_cells(part), left=(1, 3))]
+        parts += ["Medians of all engines, ms:", markdown(_engine_cells(part), left=(1,))]
     return "\n\n".join(parts) + "\n"
 
 
-def _efficiency_cells(rows: Sequence[Row]) -> list[list[str]]:
+def efficiency_cells(rows: Sequence[Row]) -> list[list[str]]:
     head = ["batch", "levels", "FLOPs", "fastest dense", "dense ms", "DEN ms", "speed-up", "efficiency"]
     selector = any(row.selector_ms is not None for row in rows)
     head += ["with selector ms", "speed-up", "efficiency"] if selector else []
@@ -225,11 +229,11 @@ def _ms(value: float) -> str:
     return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
 
-def _aligned(cells: list[list[str]]) -> list[str]:
+def aligned(cells: list[list[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
 
 
-def _markdown(cells: list[list[str]], left: Sequence[int]) -> str:
+def markdown(cells: list[list[str]], left: Sequence[int]) -> str:
     rule = [":--" if i in left else "--:" for i in range(len(cells[0]))]
     return "\n".join("| " + " | ".join(line) + " |" for line in (cells[0], rule, *cells[1:]))

@@ -133,8 +133,11 @@ class MaskedBlock(nn.Module):
         self.convs = [conv for conv in convs if conv is not None]
         self.level_N, self.dtype, self.out_channels, self.stride = level_N, dtype, block.out_channels, block.stride
         self.preactivation = getattr(block, "preactivation", False)
-        width_L1 = torch.tensor(block.widths)[:, None]
-        self.masks_LC = [(torch.arange(conv.out_channels) < width_L1).to(dtype) for conv in self.convs[:-1]]
+        device = level_N.device
+        width_L1 = torch.tensor(block.widths, device=device)[:, None]
+        self.masks_LC = [
+            (torch.arange(conv.out_channels, device=device) < width_L1).to(dtype) for conv in self.convs[:-1]
+        ]
         self.ran_N111 = (width_L1[level_N] > 0)[:, :, None, None]
 
         levels = block.hierarchy.num_levels

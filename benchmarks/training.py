@@ -96,16 +96,16 @@ def targets(batch: int) -> Tensor:
 
 
 def elastic_step(name: str, x: Tensor, level_NB: Tensor, backend: str, dtype: torch.dtype = torch.float32) -> Step:
-    """The DEN at given levels, every convolution and norm on the given backend."""
-    estimator = _model(name, backend).to(dtype).estimator
+    """The DEN at given levels, every convolution and norm on the given backend, where x is."""
+    estimator = _model(name, backend).to(x.device, dtype).estimator
     x = x.to(dtype)
-    return Step(estimator, lambda: estimator(x, level_NB, next(iter(TASK))), targets(len(x)))
+    return Step(estimator, lambda: estimator(x, level_NB, next(iter(TASK))), targets(len(x)).to(x.device))
 
 
 def dense_step(name: str, x: Tensor, backend: str) -> Step:
-    """The plain network, from the same weights."""
-    network = PlainNetwork(_model(name, backend).estimator, next(iter(TASK))).train()
-    return Step(network, lambda: network(x), targets(len(x)))
+    """The plain network, from the same weights, where x is."""
+    network = PlainNetwork(_model(name, backend).estimator, next(iter(TASK))).to(x.device).train()
+    return Step(network, lambda: network(x), targets(len(x)).to(x.device))
 
 
 def _model(name: str, backend: str) -> den.DEN:

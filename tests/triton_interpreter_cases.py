@@ -1,10 +1,14 @@
-"""Cases of test_triton_interpreter.py: every kernel against the specification, on CPU tensors.
+"""Every kernel against the specification: on CPU tensors in the interpreter (test_triton_interpreter.py), or on a GPU
+(`benchmarks.gpu_validate`).
 
-The interpreter checks logic only; it is blind to races and layouts. Its bfloat16 products are wrong, so the half case
-is float16. Shapes are tiny because a program takes milliseconds. Suffixes: N samples, C channels, H W space, L levels.
+The interpreter checks logic only; it is blind to races and layouts. Its bfloat16 products are wrong, so there the half
+case is float16. Shapes are tiny because a program takes milliseconds. Suffixes: N samples, C channels, H W space, L
+levels.
 """
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
@@ -16,21 +20,24 @@ from den_kernels.backends.triton import block as block_planner
 from den_kernels.backends.triton import configs, launch, plan, weight_gradient
 from den_kernels.plan import plan_levels
 
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2}
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+_IDS = {torch.float32: "fp32", torch.float16: "fp16"} | ({torch.bfloat16: "bf16"} if DEVICE.type == "cuda" else {})
+DTYPES = pytest.mark.parametrize("dtype", list(_IDS), ids=list(_IDS.values()))
 
 
 @pytest.fixture(autouse=True)
 def _poisoned_empty():
-    """torch.empty is filled with NaN, outputs and the hidden buffer included."""
-    torch.use_deterministic_algorithms(True)
-    yield
+    """New tensors are on the device, and torch.empty is filled with NaN, outputs and the hidden buffer included."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with DEVICE:
+        yield
     torch.use_deterministic_algorithms(False)
 
 
 def _random(*shape, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(shape, generator=generator).to(dtype)
+    return torch.randn(shape, generator=generator, device="cpu").to(DEVICE, dtype)
 
 
 def _map(n, c, h, w, dtype=torch.float32, seed=0):
@@ -38,7 +45,7 @@ def _map(n, c, h, w, dtype=torch.float32, seed=0):
 
 
 def _close(got, want, dtype):
-    torch.testing.assert_close(got.float(), want.float(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    torch.testing.assert_close(got.double(), want.double(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 def _poison(x, width_N):
@@ -81,7 +88,7 @@ def test_conv2d(name, widths, dtype):
     weight, bias = _random(o, c // groups, *kernel, dtype=dtype) / 8, _random(o, dtype=dtype)
     got = backend.conv2d(x, weight, bias, in_width, out_width, stride, padding, dilation, groups)
     options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    want = reference.den_conv2d(x.float(), weight.float(), bias.float(), in_width, out_width, **options)
+    want = reference.den_conv2d(x.double(), weight.double(), bias.double(), in_width, out_width, **options)
     assert got.dtype == dtype
     _close(got, want, dtype)
     if out_width is not None:
@@ -93,14 +100,14 @@ def test_conv2d_takes_any_layout_and_no_bias():
     x, weight = _random(2, 6, 5, 4), _random(8, 6, 3, 3)
     width = torch.tensor([3, 6])
     got = backend.conv2d(x, weight, None, width, None, (1, 1), (1, 1), (1, 1), 1)
-    _close(got, reference.den_conv2d(x, weight, None, width, padding=1), torch.float32)
+    _close(got, reference.den_conv2d(x.double(), weight.double(), None, width, padding=1), torch.float32)
 
 
 def test_conv2d_clamps_widths_out_of_range():
     x, weight = _map(2, 6, 5, 4), _random(8, 6, 3, 3)
     wild, tame = torch.tensor([2**40, -3]), torch.tensor([6, 0])
     got = backend.conv2d(x, weight, None, wild, wild, (1, 1), (1, 1), (1, 1), 1)
-    want = reference.den_conv2d(x, weight, None, tame, torch.tensor([8, 0]), padding=1)
+    want = reference.den_conv2d(x.double(), weight.double(), None, tame, torch.tensor([8, 0]), padding=1)
     _close(got, want, torch.float32)
 
 
@@ -160,16 +167,16 @@ class _Block:
             self.projection = [_random(self.out, c, 1, 1, seed=5, dtype=dtype) / c**0.5]
             self.projection += [_random(levels, self.out, seed=seed) for seed in (6, 7)]
 
-    def reference(self, x, level):
+    def reference(self, x, level, dtype=torch.float64):
         return reference.residual_block(
-            x.float(),
+            x.to(dtype),
             level,
             self.widths,
-            [w.float() for w in self.weight],
-            self.scale,
-            self.shift,
-            pre_scale=self.pre_scale,
-            pre_shift=self.pre_shift,
+            [w.to(dtype) for w in self.weight],
+            [table.to(dtype) for table in self.scale],
+            [table.to(dtype) for table in self.shift],
+            pre_scale=self.pre_scale if self.pre_scale is None else self.pre_scale.to(dtype),
+            pre_shift=self.pre_shift if self.pre_shift is None else self.pre_shift.to(dtype),
             stride=self.strides,
             groups=self.groups,
             projection=[t.float() for t in self.projection],
@@ -232,7 +239,7 @@ def test_level_0_is_the_shortcut_bit_for_bit(name):
     x[1, 0, 0, 0] = -0.0
     level = torch.tensor([len(block.widths) - 1, 0, 0], dtype=torch.int32)
     if block.widths[0] == 0:
-        got, want = block.run(x, level)[1:], block.reference(x, level)[1:]
+        got, want = block.run(x, level)[1:], block.reference(x, level, x.dtype)[1:]
         assert torch.equal(got.contiguous().view(torch.int32), want.contiguous().view(torch.int32))
 
 
@@ -337,6 +344,7 @@ def test_every_cut_into_tiles_gives_the_same_numbers(block_m, block_k, monkeypat
         _close(block.run(x, level), block.reference(x, level), torch.float32)
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the interpreter's")
 def test_cpu_tensors_are_taken_in_the_interpreter_only_in_its_dtypes():
     assert backend.unavailable() is None
     assert backend.rejects(torch.device("cpu"), torch.float32) is None

@@ -1,0 +1,156 @@
+"""Where the time of a block goes: each launch of the fused block by itself, and the block against cuDNN's.
+
+TFLOP/s count the work of the levels; GB/s the least traffic of a block: its input, hidden maps and output once each
+way, and its weights. A launch that is far from both ceilings is where to look next.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import den_kernels as dk
+from benchmarks import test_block as blocks
+from benchmarks.cases import MIXES, RATIOS, TOLERANCE, BlockCase
+from benchmarks.gpu.context import Context, OnDevice, take_turns
+
+MIX_NAMES = ("full", "level2", "uniform")
+CASE_S = 3.0
+
+
+def run(context: Context) -> bool:
+    """A finding for each block shape, batch and mix. Whether nothing is left."""
+    batches = (2,) if context.dry else (256, 64, 8)
+    for batch in batches:
+        for case in context.blocks:
+            for mix in MIX_NAMES[:1] if context.dry else MIX_NAMES:
+                key = f"{case.name}, batch {batch}, {mix}"
+                if key in context.results.stage("layers"):
+                    continue
+                if context.out_of_time(CASE_S):
+                    return False
+                context.results.put("layers", key, measure(case, batch, mix, context))
+    return True
+
+
+def measure(case: BlockCase, batch: int, mix: str, context: Context) -> dict[str, Any]:
+    """Times of the block, of its launches, and of the dense block, with the rates that they come to."""
+    device, dtype = context.device, context.dtype
+    w = blocks.Weights(case)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, case.channels[0], case.size, case.size, generator=generator)
+    x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+    level = MIXES[mix].levels(batch, 1)
+    own = _block(case, w, dtype, device)
+    x_device = x.to(device)
+    plan = dk.plan_levels(level.to(device), len(RATIOS)).block(0)
+
+    def call() -> Tensor:
+        return own(x_device, *plan)
+
+    some = slice(0, None, max(1, batch // 4))
+    # The reference has the weights that the kernels have, rounded to their dtype.
+    w.weight = [weight.to(dtype).float() for weight in w.weight]
+    wanted = blocks.reference(case, w, x[some], level[some, 0])
+    found = call()[some].double().cpu()
+    error = float(((found - wanted).abs().max() / wanted.abs().max()).nan_to_num(float("inf")))
+    if error > TOLERANCE[dtype]:
+        return {"wrong": error}
+    engines = [OnDevice("den", call, context), OnDevice("dense", _dense(case, w, x_device), context, dense=True)]
+    times = take_turns(engines, context, cold=False)
+    macs = torch.tensor(case.macs(), dtype=torch.float64)
+    flops = 2 * macs[level[:, 0]].sum().item()
+    ms = times["den"].ms
+    return {
+        "ms": ms,
+        "dense_ms": times["dense"].ms,
+        "flop_ratio": (macs[-1] * batch / macs[level[:, 0]].sum()).item() if flops else None,
+        "tflops": flops / ms * 1e-9,
+        "dense_tflops": 2 * macs[-1].item() * batch / times["dense"].ms * 1e-9,
+        "gbps": _traffic(case, level[:, 0], dtype) / ms * 1e-6,
+        "error": error,
+        "launches": _launches(call, context),
+    }
+
+
+def _block(case: BlockCase, w: blocks.Weights, dtype: torch.dtype, device: torch.device) -> dk.FusedResidualBlock:
+    pre = [None if t is None else t[None].to(device) for t in (w.pre_scale, w.pre_shift)]
+    return dk.FusedResidualBlock(
+        [weight.to(device, dtype) for weight in w.weight],
+        [scale[None].to(device) for scale in w.scale],
+        [shift[None].to(device) for shift in w.shift],
+        case.widths,
+        strides=case.strides,
+        groups=case.groups,
+        pre_scale=pre[0],
+        pre_shift=pre[1],
+        relu=not case.preactivation,
+        backend="triton",
+    )
+
+
+def _dense(case: BlockCase, w: blocks.Weights, x: Tensor) -> Callable[[], Tensor]:
+    """The top level in plain PyTorch, norms folded, on x's device and in its dtype."""
+    moved = blocks.Weights(case)
+    for name in ("weight", "scale", "shift"):
+        setattr(moved, name, [t.to(x.device, x.dtype) for t in getattr(w, name)])
+    for name in ("pre_scale", "pre_shift"):
+        table = getattr(w, name)
+        setattr(moved, name, None if table is None else table.to(x.device, x.dtype))
+    return blocks.dense_engine(case, moved, x, "wall").run
+
+
+def _traffic(case: BlockCase, level: Tensor, dtype: torch.dtype) -> float:
+    """Least bytes of the block at these levels."""
+    inside, _, outside = case.channels
+    width = torch.tensor(case.widths, dtype=torch.float64)[level]
+    ran, size, elements = (width > 0).double(), case.size, 0.0
+    pixels = size * size
+    elements += ran.sum().item() * inside * pixels
+    for stride in case.strides[:-1]:
+        pixels = (-(-size // stride)) ** 2
+        size = -(-size // stride)
+        elements += 2 * width.sum().item() * pixels
+    size = -(-size // case.strides[-1])
+    # The output is written, and read before as the shortcut.
+    elements += 2 * ran.sum().item() * outside * size * size
+    elements += sum(math.prod(shape) for shape in case.weight_shapes)
+    return elements * dtype.itemsize
+
+
+def _launches(call: Callable[[], Tensor], context: Context) -> list[dict[str, Any]]:
+    """Each launch of a call by itself: kernel, tile, grid and median time."""
+    from den_kernels.backends.triton import launch
+
+    made: list[launch.Launch] = []
+    really = launch.run
+
+    def record(one: launch.Launch, device: torch.device) -> None:
+        made.append(one)
+        really(one, device)
+
+    with mock.patch.object(launch, "run", record):
+        call()
+    found = []
+    for one in made:
+
+        def again(one=one) -> Tensor:
+            really(one, context.device)
+            return next(t for t in one.arguments.values() if isinstance(t, Tensor))
+
+        engine = OnDevice("launch", again, context)
+        times = sorted(engine.seconds(cold=False, rep_ms=20))
+        found.append(
+            {
+                "kernel": getattr(one.kernel, "__name__", str(one.kernel)),
+                "tile": list(one.tile),
+                "programs": one.programs,
+                "ms": 1e3 * times[len(times) // 2],
+            }
+        )
+    return found
