@@ -35,14 +35,14 @@ class Stage(NamedTuple):
 # The order is that of their worth to a run that is cut.
 STAGES = {
     "ceilings": Stage("ceilings", "run", 0.06),
-    "checks": Stage("checks", "run", 0.30),
-    "matrix": Stage("matrix", "run_headline", 0.40),
-    "layers": Stage("layers", "run", 0.25),
-    "training": Stage("training", "run", 0.30),
-    "peers": Stage("peers", "run_peers", 0.90),
+    "checks": Stage("checks", "run", 0.28),
+    "matrix": Stage("matrix", "run_headline", 0.36),
+    "compiled": Stage("matrix", "run_compiled", 0.50),
+    "layers": Stage("layers", "run", 0.40),
+    "training": Stage("training", "run", 0.50),
+    "peers": Stage("matrix", "run_peers", 0.60),
     "tuning": Stage("tuning", "run", 1.0),
 }
-STAGES["peers"] = STAGES["peers"]._replace(module="matrix")
 GRACE_S = 10.0  # for a stage to end by itself
 
 
@@ -59,12 +59,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.in_stage:
         return run_stage(options.in_stage, options.out, options.seconds, options.dry_run)
+    if not options.dry_run and not has_gpu():
+        print("torch sees no NVIDIA GPU; --dry-run exercises this command without one", file=sys.stderr)
+        return 1
     begun = time.monotonic()
     for name in options.stages:
         left = options.seconds - (time.monotonic() - begun)
         budget = left if options.stages == [name] else left * STAGES[name].share
         start_process(name, options.out, budget, options.dry_run)
     return report(options.out)
+
+
+def has_gpu() -> bool:
+    """Whether PyTorch can use a GPU here."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def start_process(name: str, out: Path, budget: float, dry: bool) -> None:
@@ -97,9 +107,6 @@ def run_stage(name: str, out: Path, budget: float, dry: bool) -> int:
     from benchmarks.gpu.results import Results, conditions
 
     device = torch.device("cpu" if dry else "cuda")
-    if not dry and not torch.cuda.is_available():
-        print("torch sees no NVIDIA GPU; --dry-run exercises this command without one", file=sys.stderr)
-        return 1
     torch.set_grad_enabled(name == "training")
     results = Results(out, conditions(device, dry))
     if results.status(name) == "done":
@@ -128,11 +135,7 @@ def report(out: Path) -> int:
         return 1
     content = read(path)
     print(text(content))
-    print(
-        f"\nwritten to {path}; a run worth keeping belongs in {home(content).relative_to(Path.cwd())}"
-        if home(content).is_relative_to(Path.cwd())
-        else f"\nwritten to {path}"
-    )
+    print(f"\nwritten to {path}" + ("" if content["conditions"]["dry_run"] else f"; it belongs in {home(content)}"))
     failed = any(status.startswith("failed") for status in content["status"].values())
     return 1 if failed or wrong(content) else 0
 

@@ -1,4 +1,4 @@
-"""The kernels' cases in the interpreter, in processes of their own: TRITON_INTERPRET is read when triton is imported."""
+"""The kernels' cases in the interpreter, in processes of their own: triton reads TRITON_INTERPRET on import."""
 
 from __future__ import annotations
 

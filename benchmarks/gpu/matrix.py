@@ -27,59 +27,71 @@ DEN = "den[triton]"
 BATCHES = (1, 8, 32, 64, 256, 1024)
 HALF = 2  # the level of the static slim network
 # Seconds that a row takes at least: captures, the reference, the clock.
-ROW_S = {False: 4.0, True: 15.0}
-COMPILE_S = 90.0
+ROW_S = 5.0
+COMPILE_S = 60.0  # and torch.compile, once for a batch size
 
 
 class Case(NamedTuple):
-    """A row of the matrix. peers: whether the other ways to run a DEN take part."""
+    """A row of the matrix. stage: which opponents take part; see `Bench.makers`."""
 
     model: ModelCase
     batch: int
     mix: Mix
-    peers: bool = False
+    stage: str
 
     @property
     def key(self) -> str:
         return f"{self.model.name}@{self.model.image_size}, batch {self.batch}, {self.mix.name}"
 
 
-def cases(context: Context, peers: bool) -> Iterator[Case]:
+def cases(context: Context, stage: str) -> Iterator[Case]:
     """The most telling first, so that a run that is cut is worth most."""
     first, *others = context.models
     if context.dry:
-        yield Case(first, 2, UNIFORM, peers)
+        yield Case(first, 2, UNIFORM, stage)
         return
-    if peers:
+    if stage == "peers":
         for batch, mix in ((256, UNIFORM), (64, PAPER), (1, UNIFORM), (64, UNIFORM), (256, PAPER)):
-            yield Case(first, batch, mix, True)
+            yield Case(first, batch, mix, stage)
+        return
+    if stage == "compiled":  # compiled once for a batch size
+        for batch in (256, 64, 1, 8):
+            yield from (Case(first, batch, mix, stage) for mix in (PAPER, UNIFORM, FULL))
         return
     headline = [(256, PAPER), (64, PAPER), (1, PAPER), (256, UNIFORM), (64, UNIFORM), (256, FULL), (1, FULL)]
     headline += [(1024, PAPER), (8, PAPER), (32, PAPER), (64, FULL), (1024, FULL), (256, SKIP)]
-    yield from (Case(first, batch, mix) for batch, mix in headline)
+    yield from (Case(first, batch, mix, stage) for batch, mix in headline)
     for model in others:
         for batch in (64, 8, 1) if model.image_size > 32 else (256, 64, 1):
-            yield from (Case(model, batch, mix) for mix in (PAPER, UNIFORM, FULL))
-    yield from (Case(first, batch, mix) for batch in BATCHES for mix in MIXES.values())
+            yield from (Case(model, batch, mix, stage) for mix in (PAPER, UNIFORM, FULL))
+    yield from (Case(first, batch, mix, stage) for batch in BATCHES for mix in MIXES.values())
 
 
 def run_headline(context: Context) -> bool:
     """The DEN and cuDNN, both in CUDA graphs. Whether nothing is left."""
-    return _run(context, "matrix", peers=False)
+    return _run(context, "matrix")
+
+
+def run_compiled(context: Context) -> bool:
+    """The same and torch.compile's best."""
+    return _run(context, "compiled")
 
 
 def run_peers(context: Context) -> bool:
-    """The same and torch.compile, masked dense, bucketing by level and a static slim network."""
-    return _run(context, "peers", peers=True)
+    """The same and masked dense, bucketing by level and a static slim network."""
+    return _run(context, "peers")
 
 
-def _run(context: Context, stage: str, peers: bool) -> bool:
+def _run(context: Context, stage: str) -> bool:
     torch.backends.cudnn.benchmark = True
-    for case in dict.fromkeys(cases(context, peers)):
+    compiled: set[int] = set()
+    for case in dict.fromkeys(cases(context, stage)):
         if case.key in context.results.stage(stage):
             continue
-        if context.out_of_time(ROW_S[peers]):
+        first_of_batch = stage == "compiled" and case.batch not in compiled
+        if context.out_of_time(COMPILE_S if first_of_batch and not context.dry else ROW_S):
             return False
+        compiled.add(case.batch)
         try:
             found = measure(case, context)
         except torch.cuda.OutOfMemoryError:
@@ -175,8 +187,8 @@ class Bench:
 
     def makers(self) -> list[Callable[[], OnDevice]]:
         """Of each engine, the fastest to make first."""
-        own = [self.den, self.den_selector, self.cudnn]
-        return [*own, self.masked, self.bucketed, self.slim, self.compiled] if self.case.peers else own
+        more = {"compiled": [self.compiled], "peers": [self.masked, self.bucketed, self.slim]}
+        return [self.den, self.den_selector, self.cudnn, *more.get(self.case.stage, [])]
 
     def den(self) -> OnDevice:
         fast = _frozen(self.name, self.device, self.dtype, "triton")
@@ -200,8 +212,6 @@ class Bench:
     def compiled(self) -> OnDevice:
         if self.context.dry:
             raise Unusable("no compiler in a dry run")
-        if self.context.out_of_time(COMPILE_S):
-            raise Unusable(f"less than {COMPILE_S:.0f} s left for torch.compile")
         net = _compiled(self.name, self.device, self.dtype, self.case.batch)
         for _ in range(3):
             net(self.x)

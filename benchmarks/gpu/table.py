@@ -22,13 +22,15 @@ NOT_YET = "Not yet measured on a GPU."
 
 
 def rows(content: Mapping[str, Any], warmth: str = "cold") -> list[table.Row]:
-    """Whole networks, best-compared first: where the peers were timed too, that row stands for its case."""
+    """Whole networks; of a case that several stages timed, the row with the most dense engines, the latest of them."""
     found: dict[tuple, table.Row] = {}
-    for stage in ("matrix", "peers"):
+    for stage in ("matrix", "peers", "compiled"):
         for finding in content["stages"].get(stage, {}).values():
             if warmth in finding:
                 row = table.row_of(finding[warmth])
-                found[row.case, row.batch, row.mix] = row
+                key = row.case, row.batch, row.mix
+                if key not in found or len(row.dense) >= len(found[key].dense):
+                    found[key] = row
     return list(found.values())
 
 
@@ -97,7 +99,7 @@ def wrong(content: Mapping[str, Any]) -> list[str]:
     for key, finding in content["stages"].get("checks", {}).items():
         if key.startswith("sanitizer") and finding.get("status", 0):
             found.append(f"{key}: status {finding['status']}: {finding['tail'][-300:]}")
-    for stage in ("matrix", "peers", "layers", "training"):
+    for stage in ("matrix", "peers", "compiled", "layers", "training"):
         for key, finding in content["stages"].get(stage, {}).items():
             if finding.get("wrong"):
                 found.append(f"{stage}, {key}: wrong result: {finding['wrong']}")

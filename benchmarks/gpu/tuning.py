@@ -1,4 +1,4 @@
-"""What time is left goes into the tiles: `den_kernels.tune` into DIR/tables, for the package once they are looked at."""
+"""The time that is left goes into tiles: `den_kernels.tune` into DIR/tables, to be put into the package from there."""
 
 from __future__ import annotations
 
