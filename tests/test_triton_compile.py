@@ -1,6 +1,7 @@
 """The kernels compiled for GPUs that need not be there: tensor cores used, shared memory within the limit, no spills.
 
-The compiles run in processes of their own, because TRITON_INTERPRET may be set in this one.
+The compiles run side by side in processes of their own, where TRITON_INTERPRET is not set. Triton's cache keeps them:
+a second run takes seconds.
 """
 
 from __future__ import annotations
@@ -14,13 +15,26 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from den_kernels.backends.triton import configs
+from den_kernels.backends.triton import configs, tile_tables
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 ARCHS = (80, 89, 90)
 KINDS = {"half": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
 THROUGH_REGISTERS = ("conv2d", "first, pre-activation")
 CORE = ("conv2d", "first", "first, pre-activation", "last")
+# Of training: products, and passes over memory that multiply no matrices.
+PRODUCTS = ("data gradient", "data gradient, stride 2", "weight gradient", "weight gradient, 3x3 map")
+# The launch that stands for each kernel of the tables.
+TABLED = {
+    "conv2d": "conv2d, full",
+    "conv2d-in": "conv2d",
+    "conv2d-out": "conv2d",
+    "conv2d-in-out": "conv2d",
+    "first": "first",
+    "first-pre": "first, pre-activation",
+    "inner": "inner",
+    "last": "last",
+}
 
 
 class Job(NamedTuple):
@@ -55,7 +69,8 @@ def _compile(job: Job) -> Outcome:
     from den_kernels.backends.triton import offline
 
     torch.set_float32_matmul_precision("high" if job.kind == "tf32" else "highest")
-    launches = offline.typical_launches(KINDS[job.kind], job.samples, job.channels, job.size, job.groups)
+    shape = (KINDS[job.kind], job.samples, job.channels, job.size, job.groups)
+    launches = offline.typical_launches(*shape) | offline.training_launches(*shape)
     launch = launches[job.kernel] if job.tile is None else launches[job.kernel]._replace(tile=job.tile)
     report = offline.compile_launch(launch, job.arch)
     return Outcome(
@@ -78,6 +93,10 @@ def pool():
         yield executor
 
 
+def _exhausted(outcome: Outcome) -> bool:
+    return outcome.shared_bytes > outcome.shared_limit or outcome.spill_bytes > 0
+
+
 def _wrong(outcome: Outcome) -> bool:
     job, tile = outcome.job, outcome.tile
     # wgmma takes 64 rows at least; exact float32 has no tensor-core form.
@@ -86,12 +105,7 @@ def _wrong(outcome: Outcome) -> bool:
     # Loads stay asynchronous and 16 bytes a thread wide: a mask that lost its alignment would show here.
     operand_bytes = max(tile.block_m, tile.block_n) * tile.block_k * KINDS[job.kind].itemsize
     vectors = job.channels // job.groups % 16 == 0 and operand_bytes >= 16 * 32 * tile.num_warps
-    return (
-        outcome.instruction != instruction
-        or outcome.shared_bytes > outcome.shared_limit
-        or outcome.spill_bytes > 0
-        or (vectors and outcome.vector_copies == 0)
-    )
+    return outcome.instruction != instruction or _exhausted(outcome) or (vectors and outcome.vector_copies == 0)
 
 
 def _check(outcomes) -> None:
@@ -112,6 +126,35 @@ def test_other_forms_of_the_kernels(pool, arch):
     jobs += [Job(arch, "half", kernel, channels=20) for kernel in CORE]
     jobs += [Job(arch, "half", "inner", channels=256, groups=groups) for groups in (4, 32)]
     _check(pool.map(_compile, jobs))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_training_kernels(pool, arch):
+    outcomes = list(pool.map(_compile, [Job(arch, "half", kernel) for kernel in _training_kernels()]))
+    wrong = [outcome for outcome in outcomes if _exhausted(outcome)]
+    assert not wrong, "\n".join(map(str, wrong))
+    for outcome in outcomes:
+        assert (outcome.instruction != "fma") == (outcome.job.kernel in PRODUCTS), outcome
+
+
+def _training_kernels() -> list[str]:
+    from den_kernels.backends.triton import offline
+
+    return list(offline.training_launches(torch.bfloat16))
+
+
+def test_every_tile_of_the_shipped_tables(pool):
+    """None is shipped before a GPU has been measured; each is compiled for the GPU that it was measured on."""
+    jobs = set()
+    for path in tile_tables.FOLDER.glob("*.json"):
+        content = tile_tables.read(path)
+        major, minor = content["capability"]
+        for key, entry in content["entries"].items():
+            kernel, kind = key.split(", ")[:2]
+            tile = configs.TileConfig(**entry["tile"])
+            jobs.add(Job(min(10 * major + minor, max(ARCHS)), kind, TABLED[kernel], tile=tile))
+    outcomes = pool.map(_compile, sorted(jobs), chunksize=4)
+    assert not [outcome for outcome in outcomes if outcome.shared_bytes > outcome.shared_limit]
 
 
 @pytest.mark.parametrize("kind", ["fp32", "tf32"])

@@ -69,10 +69,6 @@ def tile(problem: Problem, device: torch.device, facts: Facts) -> TileConfig:
     asked[problem] = Asked(found, facts)
     return found
 
-    @property
-    def blocks(self) -> dict[str, int]:
-        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
-
 
 # Shared memory of a pipelined tile is about stages * (block_m + block_n) * block_k * bytes: the largest of these takes
 # 96 KiB, so every tile fits the smallest of the targets (99 KiB on sm_89). Warps are where the offline compiles stop

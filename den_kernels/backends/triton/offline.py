@@ -8,6 +8,7 @@ prints the table of docs/gpu-kernels.md. Nothing runs, so tensors may be on the 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import re
 import subprocess
 import tempfile
@@ -20,6 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
+from triton.runtime.cache import get_cache_manager
 
 from den_kernels.backends.triton import block, conv, data_gradient, norm, plan, weight_gradient
 from den_kernels.backends.triton.launch import Launch
@@ -154,11 +156,23 @@ class Report(NamedTuple):
 
 
 def _ptxas(arch: int, ptx: str) -> str:
+    """What ptxas says of the code, kept in Triton's cache beside what Triton itself keeps there."""
+    program = get_ptxas(arch)
+    cache = get_cache_manager(hashlib.sha256(f"{program.version} {arch} {ptx}".encode()).hexdigest())
+    kept = cache.get_file("ptxas.log")
+    if kept is not None:
+        return Path(kept).read_text()
+    log = _run_ptxas(program.path, arch, ptx)
+    cache.put(log, "ptxas.log")
+    return log
+
+
+def _run_ptxas(program: str, arch: int, ptx: str) -> str:
     name = re.search(r"\.target (sm_\w+)", ptx)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
-        command = [get_ptxas(arch).path, "-v", f"--gpu-name={name[1] if name else f'sm_{arch}'}", str(source)]
+        command = [program, "-v", f"--gpu-name={name[1] if name else f'sm_{arch}'}", str(source)]
         done = subprocess.run(
             [*command, "-o", str(Path(folder, "kernel.cubin"))], capture_output=True, text=True, check=False
         )

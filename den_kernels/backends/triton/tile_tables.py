@@ -27,6 +27,10 @@ class TileConfig(NamedTuple):
     num_warps: int
     num_stages: int
 
+    @property
+    def blocks(self) -> dict[str, int]:
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
+
 
 class Problem(NamedTuple):
     """What a tile may depend on: a kernel and a shape, and no level value.
