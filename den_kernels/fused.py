@@ -114,29 +114,33 @@ class FusedResidualBlock(nn.Module):
 
     def arguments(self, set_index: int = 0, batch_class: int = 0) -> BlockArguments:
         """The operator's arguments behind the plan, for one set; kept, because slicing costs more than the call."""
+        if torch.compiler.is_compiling():  # what is kept would be guarded on, and compiled anew once it is there
+            return self._bind(set_index, batch_class)
         key = set_index, batch_class
         if key not in self._arguments:
-            count = len(self.kernel_sizes)
-            weights: list[Tensor] = [getattr(self, names[batch_class]) for names in self._weight_names]
-            widths = cast(Tensor, self.widths)
-            projection: list[Tensor] = []
-            if self.projection is not None:
-                tables = self.projection_scale[set_index], self.projection_shift[set_index]
-                projection = [self.projection, *tables]
-            self._arguments[key] = BlockArguments(
-                widths,
-                weights,
-                [getattr(self, f"scale{i}")[set_index] for i in range(count)],
-                [getattr(self, f"shift{i}")[set_index] for i in range(count)],
-                None if self.pre_scale is None else self.pre_scale[set_index],
-                None if self.pre_shift is None else self.pre_shift[set_index],
-                self.kernel_sizes,
-                self.strides,
-                self.groups,
-                projection,
-                self.relu,
-            )
+            self._arguments[key] = self._bind(set_index, batch_class)
         return self._arguments[key]
+
+    def _bind(self, set_index: int, batch_class: int) -> BlockArguments:
+        count = len(self.kernel_sizes)
+        weights: list[Tensor] = [getattr(self, names[batch_class]) for names in self._weight_names]
+        projection: list[Tensor] = []
+        if self.projection is not None:
+            tables = self.projection_scale[set_index], self.projection_shift[set_index]
+            projection = [self.projection, *tables]
+        return BlockArguments(
+            cast(Tensor, self.widths),
+            weights,
+            [getattr(self, f"scale{i}")[set_index] for i in range(count)],
+            [getattr(self, f"shift{i}")[set_index] for i in range(count)],
+            None if self.pre_scale is None else self.pre_scale[set_index],
+            None if self.pre_shift is None else self.pre_shift[set_index],
+            self.kernel_sizes,
+            self.strides,
+            self.groups,
+            projection,
+            self.relu,
+        )
 
     def forward(
         self,
@@ -185,13 +189,20 @@ class FusedChain:
             classes.append(block.batch_class(shape))
             step = math.prod(block.strides)
             shape = shape[0], block.out_channels, -(-shape[2] // step), -(-shape[3] // step)
-        key = set_index, *classes
         arguments = [block.arguments(set_index, c) for block, c in zip(self.blocks, classes, strict=True)]
+        if torch.compiler.is_compiling():
+            flat = flatten(arguments)
+        else:
+            flat = self._flattened(arguments, (set_index, *classes))
+        return torch.ops.den_kernels.residual_chain(x, *plan, *flat, self.backend)
+
+    def _flattened(self, arguments: list[BlockArguments], key: tuple) -> tuple[list[Tensor], list[int]]:
+        """`flatten`, kept for as long as the arguments are the same."""
         known, flat = self._flat.get(key, (None, None))
         if flat is None or known is None or any(a is not b for a, b in zip(arguments, known, strict=True)):
             flat = flatten(arguments)
             self._flat[key] = arguments, flat
-        return torch.ops.den_kernels.residual_chain(x, *plan, *flat, self.backend)
+        return flat
 
 
 def _check_block(weights, scales, shifts, widths, strides, groups, pre_scale, pre_shift, projection) -> None:
