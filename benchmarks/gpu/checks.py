@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.results import ROOT
 
-FILES = ("tests/triton_device_cases.py", "tests/triton_interpreter_cases.py")
+FILES = ("tests/triton_device_cases.py", "tests/triton_interpreter_cases.py", "tests/triton_training_cases.py")
 PYTEST = (sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider")
 # A few small cases, for a tool that slows a kernel down some hundred times.
 SMALL = ("test_conv2d[3x3-both-fp32]", "test_residual_block[basic-fp32]", "test_in_place[basic]")
