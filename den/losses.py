@@ -44,11 +44,35 @@ def sample_levels(
 ) -> Tensor:
     """Paths [K, N, B] drawn from the selector; with probability epsilon a path is uniform instead (epsilon-greedy)."""
     n, b, num_levels = logits_NBL.shape
-    probs = logits_NBL.detach().softmax(-1).reshape(n * b, num_levels).cpu()
-    drawn = torch.multinomial(probs, num_paths, replacement=True, generator=generator).t().reshape(num_paths, n, b)
-    uniform = torch.randint(num_levels, (num_paths, n, b), generator=generator)
+    probs_NBL, device = logits_NBL.detach().softmax(-1), logits_NBL.device
+    shape = (num_paths, n, b)
+    on_host = device.type == "cpu"
+    if on_host:
+        flat = probs_NBL.reshape(n * b, num_levels)
+        drawn = torch.multinomial(flat, num_paths, replacement=True, generator=generator).t().reshape(shape)
+    else:
+        drawn = levels_at(probs_NBL, _to_device(torch.rand(shape, generator=generator), device))
+    uniform = torch.randint(num_levels, shape, generator=generator)
     explore = torch.rand((num_paths, n, 1), generator=generator) < epsilon
-    return torch.where(explore, uniform, drawn).to(logits_NBL.device)
+    if on_host:
+        return torch.where(explore, uniform, drawn)
+    instead = _to_device(torch.where(explore, uniform, -1), device)
+    return torch.where(instead < 0, drawn, instead)
+
+
+def levels_at(probs_NBL: Tensor, uniform_KNB: Tensor) -> Tensor:
+    """The levels [K, N, B] at which the distributions' running sums pass these numbers in [0, 1).
+
+    What `torch.multinomial` draws, from random numbers of the host, and without waiting for the device.
+    """
+    running_NBL = probs_NBL.cumsum(-1)
+    running_NBL = running_NBL / running_NBL[..., -1:]  # the last is 1, so that no level of probability 0 is drawn
+    return (uniform_KNB.unsqueeze(-1) >= running_NBL[..., :-1]).sum(-1)
+
+
+def _to_device(x: Tensor, device: torch.device) -> Tensor:
+    """From the host; on a GPU without waiting for it, which a copy of pageable memory would."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def expected_square_cost(logits_NBL: Tensor, ratio_BL: Tensor) -> Tensor:
