@@ -20,7 +20,7 @@ from den_kernels.backends.triton import configs, tile_tables
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 ARCHS = (80, 89, 90)
 KINDS = {"half": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
-THROUGH_REGISTERS = ("conv2d", "first, pre-activation")
+THROUGH_REGISTERS = ("conv2d", "first, pre-activation", "data gradient", "weight gradient")
 CORE = ("conv2d", "first", "first, pre-activation", "last")
 # Of training: products, and passes over memory that multiply no matrices.
 PRODUCTS = ("data gradient", "data gradient, stride 2", "weight gradient", "weight gradient, 3x3 map")
@@ -125,7 +125,17 @@ def test_other_forms_of_the_kernels(pool, arch):
     jobs = [Job(arch, "half", kernel) for kernel in rest]
     jobs += [Job(arch, "half", kernel, channels=20) for kernel in CORE]
     jobs += [Job(arch, "half", "inner", channels=256, groups=groups) for groups in (4, 32)]
+    jobs += [Job(arch, "half", kernel) for kernel in ("projection", "conv2d, residual")]
     _check(pool.map(_compile, jobs))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_parts_of_a_reduction_and_their_sum(pool, arch):
+    """One image at the deepest stage: small tiles, and a launch that adds what the parts of each found."""
+    parts = ("first, pre-activation", "last")
+    _check(pool.map(_compile, [Job(arch, "half", kernel, 1, 256, 8) for kernel in parts]))
+    sums = [Job(arch, "half", f"{kernel}, sum of parts", 1, 256, 8) for kernel in parts]
+    assert not [outcome for outcome in pool.map(_compile, sums) if _exhausted(outcome) or outcome.instruction != "fma"]
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -135,6 +145,13 @@ def test_training_kernels(pool, arch):
     assert not wrong, "\n".join(map(str, wrong))
     for outcome in outcomes:
         assert (outcome.instruction != "fma") == (outcome.job.kernel in PRODUCTS), outcome
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_gradients_where_channels_are_many(pool, arch):
+    jobs = [Job(arch, "half", kernel, 256, 256, 8) for kernel in PRODUCTS]
+    jobs += [Job(arch, kind, kernel, 256, 128, 16) for kernel in ("data gradient", "weight gradient") for kind in KINDS]
+    _check(pool.map(_compile, jobs))
 
 
 def _training_kernels() -> list[str]:
@@ -169,7 +186,7 @@ def test_float32(pool, arch, kind):
 def test_every_tile_that_the_heuristic_can_pick(pool, arch, kind):
     jobs = [
         Job(arch, kind, kernel, tile=tile)
-        for kernel in CORE
+        for kernel in (*CORE, "data gradient", "weight gradient")
         for tile in configs.tiles(kind, kernel in THROUGH_REGISTERS)
     ]
     _check(pool.map(_compile, jobs, chunksize=4))

@@ -200,22 +200,15 @@ def _pixel_steps(pixels: int, sizes: tuple[int, ...]) -> tuple[int, bool]:
 
 
 def choose_weight_gradient(
-    kind: str,
-    *,
-    pixels: int,
-    outputs: int,
-    inputs: int,
-    elastic_out: bool,
-    elastic_in: bool,
-    vectors: bool,
+    kind: str, *, pixels: int, outputs: int, inputs: int, vectors: bool
 ) -> tuple[TileConfig, bool]:
     """The tile for ``outputs`` by ``inputs`` products over the ``pixels`` of a sample, and whether steps are packed.
 
-    Blocks of an elastic side as in `choose`. Packed steps run over the ends of samples.
+    The largest, whatever is elastic: the loads from L2 bound this kernel, not the products, and what is beyond a width
+    is not loaded. Packed steps run over the ends of samples.
     """
     sizes_m, sizes_n, sizes_k, make = _FAMILIES[kind]
-    block_m = _covering(sizes_m, outputs // 2 if elastic_out else outputs)
-    block_n = _covering(sizes_n, inputs // 2 if elastic_in else inputs)
+    block_m, block_n = _covering(sizes_m, outputs), _covering(sizes_n, inputs)
     if not vectors:
         block_m, block_n = min(block_m, 64), min(block_n, 64)
     block_k, packed = _pixel_steps(pixels, sizes_k)

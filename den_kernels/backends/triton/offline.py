@@ -221,7 +221,7 @@ def compile_launch(launch: Launch, arch: int) -> Report:
 
 
 def main() -> None:
-    """Print what the compiler makes of each kernel at each stage of WRN-32-4 in bfloat16."""
+    """Print what the compiler makes of each kernel at each stage of WRN-32-4 in bfloat16; of training, at the first."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument(
         "--arch", type=int, nargs="+", default=sorted(SHARED_LIMIT_KIB), choices=sorted(SHARED_LIMIT_KIB)
@@ -232,7 +232,11 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for batch in arguments.batch:
         for channels, size in ((64, 32), (128, 16), (256, 8)):
-            for name, launch in typical_launches(torch.bfloat16, batch, channels, size).items():
+            shape = torch.bfloat16, batch, channels, size
+            launches = typical_launches(*shape)
+            if size == 32:
+                launches |= training_launches(*shape)
+            for name, launch in launches.items():
                 cells = []
                 for arch in arguments.arch:
                     report = compile_launch(launch, arch)

@@ -25,7 +25,7 @@ from den_kernels.backends.triton.launch import Launch, Sweep, check_indexable, d
 _SAMPLES = 1024  # that a program of `members_kernel` takes at a time
 _ELEMENTS = 1024  # that a program of `sum_kernel` adds
 _WAVES = 4  # programs a multiprocessor that the splits aim at
-_WORKSPACE_BYTES = 64 * 2**20
+_WORKSPACE_BYTES = 16 * 2**20  # or as much as the maps take
 
 
 @triton.jit(
@@ -360,8 +360,6 @@ def plan_weight_gradient(
         pixels=out_h * out_w,
         outputs=chunk_out,
         inputs=chunk_in,
-        elastic_out=out_width is not None,
-        elastic_in=in_width is not None,
         vectors=min(granule_in, granule_out) > 1,
     )
     tiles_m, tiles_n = -(-chunk_out // tile.block_m), -(-chunk_in // tile.block_n)
@@ -372,7 +370,7 @@ def plan_weight_gradient(
         min(
             _WAVES * multiprocessors(x.device) // programs,
             samples * out_h * out_w // (4 * tile.block_k),
-            _WORKSPACE_BYTES // (4 * dweight_OHWI.numel()),
+            max(_WORKSPACE_BYTES, (x.numel() + grad.numel()) * x.element_size()) // (4 * dweight_OHWI.numel()),
         ),
     )
     tiles = chunks * tiles_m * tiles_n
