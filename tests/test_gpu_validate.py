@@ -45,8 +45,11 @@ def test_a_dry_run_from_end_to_end(tmp_path):
     assert set(stages["checks"]["cases"].values()) == {"passed"}
     assert "left_out" in stages["checks"]["sanitizer memcheck"]
     assert all(rate > 0 for rate in stages["ceilings"].values())
+    (finding,), (peers,) = stages["matrix"].values(), stages["peers"].values()
+    assert {"den[triton]", "den[triton]" + SELECTOR} < set(finding["cold"]["times"])
+    assert {"den[triton]", "masked dense", "den[grouped]", "static slim 0.5"} < set(peers["cold"]["times"])
+    assert not {**finding["wrong"], **peers["wrong"], **peers["left_out"]}
     (row,) = table.rows(content)
-    assert {"den[triton]", "den[triton]" + SELECTOR, "masked dense", "den[grouped]", "static slim 0.5"} < set(row.times)
     assert all(time.ms > 0 for time in row.times.values())
     (finding,) = stages["compiled"].values()
     assert finding["left_out"] == {"compiled": "no compiler in a dry run"}

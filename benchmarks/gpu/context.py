@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks.cases import BLOCKS, MODELS, BlockCase, ModelCase
 from benchmarks.gpu.results import Results
+from benchmarks.networks import SMALLEST
 from benchmarks.table import Time
 from den.cuda_graph import captured
 
@@ -37,7 +38,7 @@ class Context:
 
     @property
     def models(self) -> tuple[ModelCase, ...]:
-        return (ModelCase("wrn_8_1", 8, (2,)),) if self.dry else MODELS
+        return (ModelCase(SMALLEST, 8, (1,)),) if self.dry else MODELS
 
     @property
     def blocks(self) -> tuple[BlockCase, ...]:

@@ -48,7 +48,7 @@ def cases(context: Context, stage: str) -> Iterator[Case]:
     """The most telling first, so that a run that is cut is worth most."""
     first, *others = context.models
     if context.dry:
-        yield Case(first, 2, UNIFORM, stage)
+        yield Case(first, 1, UNIFORM, stage)
         return
     if stage == "peers":
         for batch, mix in ((256, UNIFORM), (64, PAPER), (1, UNIFORM), (64, UNIFORM), (256, PAPER)):
@@ -126,7 +126,7 @@ def measure(case: Case, context: Context) -> dict:
     if DEN not in names or not any(engine.dense for engine in engines):
         return rest
     rows = {}
-    for cold in (True, False):
+    for cold in (True,) if context.dry else (True, False):
         times = take_turns(engines, context, cold)
         rows["cold" if cold else "warm"] = Row(
             group="network, cold L2" if cold else "network, warm L2",
@@ -188,7 +188,10 @@ class Bench:
     def makers(self) -> list[Callable[[], OnDevice]]:
         """Of each engine, the fastest to make first."""
         more = {"compiled": [self.compiled], "peers": [self.masked, self.bucketed, self.slim]}
-        return [self.den, self.den_selector, self.cudnn, *more.get(self.case.stage, [])]
+        own = [self.den, self.den_selector, self.cudnn]
+        if self.context.dry and self.case.stage in more:
+            own.remove(self.den_selector)  # an interpreter takes seconds for a network
+        return [*own, *more.get(self.case.stage, [])]
 
     def den(self) -> OnDevice:
         fast = _frozen(self.name, self.device, self.dtype, "triton")
