@@ -43,7 +43,7 @@ STAGES = {
     "peers": Stage("matrix", "run_peers", 0.60),
     "tuning": Stage("tuning", "run", 1.0),
 }
-GRACE_S = 10.0  # for a stage to end by itself
+GRACE_S = 25.0  # for a stage to start, and to end by itself
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import den
 from benchmarks import networks, torch_engines
-from benchmarks.cases import FULL, MIXES, PAPER, RATIOS, SKIP, TOLERANCE, UNIFORM, Mix, ModelCase
+from benchmarks.cases import FULL, MIXES, PAPER, RATIOS, SKIP, TOLERANCE, TOP1, UNIFORM, Mix, ModelCase
 from benchmarks.gpu.context import Context, OnDevice, take_turns
 from benchmarks.table import SELECTOR, Row
 from benchmarks.worker import Unusable
@@ -48,7 +48,7 @@ def cases(context: Context, stage: str) -> Iterator[Case]:
     """The most telling first, so that a run that is cut is worth most."""
     first, *others = context.models
     if context.dry:
-        yield Case(first, 1, UNIFORM, stage)
+        yield Case(first, 1, TOP1, stage)
         return
     if stage == "peers":
         for batch, mix in ((256, UNIFORM), (64, PAPER), (1, UNIFORM), (64, UNIFORM), (256, PAPER)):
