@@ -21,10 +21,15 @@ from typing import Any
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.results import ROOT
 
-FILES = ("tests/triton_device_cases.py", "tests/triton_interpreter_cases.py", "tests/triton_training_cases.py")
+FILES = tuple(f"tests/triton_{part}_cases.py" for part in ("device", "interpreter", "training"))
 PYTEST = (sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider")
 # A few small cases, for a tool that slows a kernel down some hundred times.
-SMALL = ("test_conv2d[3x3-both-fp32]", "test_residual_block[basic-fp32]", "test_in_place[basic]")
+SMALL = (
+    "interpreter_cases.py::test_conv2d[3x3-both-fp32]",
+    "interpreter_cases.py::test_residual_block[basic-fp32]",
+    "interpreter_cases.py::test_in_place[basic]",
+    "training_cases.py::test_conv2d_backward[3x3 aligned-both-fp32]",
+)
 TOOLS = ("memcheck", "racecheck")
 TOOL_S = 60.0
 CHUNK = 16  # cases of one process
@@ -105,7 +110,7 @@ def _sanitize(tool: str, context: Context) -> dict[str, Any]:
     program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if program is None or context.device.type != "cuda":
         return {"left_out": "compute-sanitizer is not installed" if program is None else "there is no GPU"}
-    names = [f"{FILES[1]}::{name}" for name in SMALL]
+    names = [f"tests/triton_{name}" for name in SMALL]
     command = [program, "--tool", tool, "--error-exitcode", "9", *PYTEST, *names]
     # The caching allocator would hide what lies just behind a tensor.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
