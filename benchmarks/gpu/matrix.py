@@ -113,8 +113,8 @@ def measure(case: Case, context: Context) -> dict:
             engine = make()
         except torch.cuda.OutOfMemoryError:
             raise
-        except (Unusable, RuntimeError) as error:
-            left_out[make.__name__] = str(error)[:500]
+        except (Unusable, RuntimeError) as reason:
+            left_out[make.__name__] = str(reason)[:500]
             continue
         error = bench.error(engine)
         if error <= TOLERANCE[context.dtype]:

@@ -16,6 +16,7 @@ def run(context: Context) -> bool:
     """Search launch by launch. Whether nothing is left."""
     folder = context.results.path.parent / "tables"
     table = tune.Table(folder, context.device)
+    batches: tuple[int, ...]
     if context.dry:
         shapes, batches = [tune.BlockShape(16, 16, 16, 4)], (1,)
     else:

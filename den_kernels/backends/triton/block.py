@@ -82,9 +82,9 @@ def plan_block(
         granule = configs.granule(span * group_in) if padded_in else 1
         kind = configs.kind(x.dtype, precision)
         name = "last" if i == last else "inner" if i > 0 else "first" if pre_scale is None else "first-pre"
-        shape = (in_channels, out_channels, in_h, in_w, (kernel, kernel), (stride[i], stride[i]), groups[i])
+        form = (in_channels, out_channels, in_h, in_w, (kernel, kernel), (stride[i], stride[i]), groups[i])
         tile = configs.tile(
-            Problem(name, kind, *shape, batch_class(samples)),
+            Problem(name, kind, *form, batch_class(samples)),
             x.device,
             configs.Facts(
                 kind=kind,
