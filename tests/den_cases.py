@@ -120,6 +120,14 @@ def unused_weights(block: nn.Module, width: int) -> list[Tensor]:
     return [block.conv1.weight[width:], block.conv2.weight[:, width:]]
 
 
+@torch.no_grad()
+def vary_paths(model: den.DEN, x: Tensor) -> den.DEN:
+    """Shift a selector's logits so that images like these take several paths; a fresh one sends most along one."""
+    logits_NBL = model.selector(x)
+    model.selector.head.bias -= logits_NBL.mean(0).flatten()
+    return model
+
+
 def all_paths(model: den.DEN) -> Tensor:
     """Every path, one a row: int64 [L ** B, B]."""
     return torch.tensor(list(itertools.product(range(model.num_levels), repeat=model.num_blocks)))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from den_cases import bottleneck, image_shape, resnet, resnext, wrn
+from den_cases import bottleneck, image_shape, resnet, resnext, vary_paths, wrn
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
@@ -118,12 +118,13 @@ def test_a_training_step_is_compiled_once():
 
 def test_a_frozen_selector_decides_in_the_compiled_graph():
     torch.compiler.reset()
-    frozen = den.freeze(wrn(backend="grouped"), backend="grouped")
+    model = vary_paths(wrn(backend="grouped"), torch.randn(16, 3, 8, 8))
+    frozen = den.freeze(model, backend="grouped")
     with torch._dynamo.config.patch(error_on_recompile=True):
         compiled = torch.compile(frozen, fullgraph=True, backend="aot_eager")
         paths = set()
         for seed in range(4):
-            x = 4 * torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+            x = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
             ours, theirs = compiled(x, "a"), frozen(x, "a")
             assert torch.equal(ours.level, theirs.level)
             torch.testing.assert_close(ours.logits, theirs.logits)
