@@ -1,8 +1,7 @@
 """Whole calls of a frozen model as CUDA graphs: one launch for the selector, the plan and every block.
 
-A graph replays what was captured, on the same memory. Images, levels and budgets are copied into it, and results out of it, so
-that a call looks like any other. Levels stay on the device, so one graph serves every path.
-
+A graph replays what was captured, on the same memory. Images, levels and budgets are copied into it, and results out of
+it, so that a call looks like any other. Levels stay on the device, so one graph serves every path.
 """
 
 from __future__ import annotations
