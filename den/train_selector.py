@@ -102,7 +102,7 @@ class SelectorTraining:
             means.add_usage(F.one_hot(level_NB, self.model.num_levels).sum((0, 1)))
             means.add("entropy", entropy(logits.detach()).mean())
             if self.control.fixed is None:
-                means.add("rho", self.control.log_rho_K.exp().mean())
+                means.add("rho", cast(Tensor, rho).mean())
         return torch.stack(losses).mean()
 
     def _policy(

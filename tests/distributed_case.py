@@ -18,7 +18,6 @@ from den.tasks import load_task
 
 
 def main(out: Path, devices: int) -> None:
-    torch.set_num_threads(1)
     digits = load_task("digits", subset=96, augment=None, val_fraction=1 / 3)
     digits = replace(digits, test=digits.test.subset(torch.arange(64)))
     tasks = [digits, replace(digits, name="again", joint=None)]
@@ -47,4 +46,5 @@ def main(out: Path, devices: int) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     main(Path(sys.argv[1]), int(sys.argv[2]))
