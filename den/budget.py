@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +76,7 @@ class Conditioning(nn.Module):
 
     def neutral(self) -> None:
         """Start as a selector that knows no budget."""
-        nn.init.zeros_(self.film[2].weight)
+        nn.init.zeros_(cast(nn.Linear, self.film[2]).weight)
 
     def features(self, features_NC: Tensor, budget_N: Tensor) -> Tensor:
         """Features [N, C] of an image as they are read at its budget."""
@@ -143,7 +144,7 @@ class RhoControl(nn.Module):
         if self.fixed is not None:
             return
         if budget_N is None:
-            mean_K, seen_K = (cost_N.mean() - self.target)[None], 1.0
+            mean_K, seen_K = (cost_N.mean() - cast(float, self.target))[None], torch.ones_like(self.log_rho_K)
         else:
             nearest_N = (budget_N * (GRID - 1)).round().long()
             excess_K = torch.zeros_like(self.log_rho_K).index_add(0, nearest_N, cost_N - budget_N)

@@ -198,16 +198,16 @@ class Estimator(nn.Module):
     def forward(self, x: Tensor, level_NB: Tensor, task: str, gate_NBL: Tensor | None = None) -> Tensor: ...
     @overload
     def forward(
-        self, x: Tensor, level_NB: Tensor, task: Sequence[str], gate_NBL: Tensor | None = None
+        self, x: Tensor, level_NB: Tensor, task: tuple[str, ...], gate_NBL: Tensor | None = None
     ) -> tuple[Tensor, ...]: ...
 
     def forward(self, x, level_NB, task, gate_NBL=None):
         """Logits of x [N, C, H, W] at integer levels [N, B], for a task's classes: [N, classes].
 
-        task: a name; or several that share statistics, for a tuple of the logits that their heads give to one path.
+        task: a name; or a tuple of some that share statistics, for a tuple of what their heads give to one path.
         gate_NBL: the same levels as one-hot rows through which a gradient is wanted, in evaluation mode; see `gated`.
         """
-        tasks = (task,) if isinstance(task, str) else tuple(task)
+        tasks = (task,) if isinstance(task, str) else task
         set_index = self.set_index[tasks[0]]
         stride = stem_stride(x.shape[2], x.shape[3], self.base_size)
         if self.stem is not None:
