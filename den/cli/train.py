@@ -58,7 +58,7 @@ class Train:
     """The selector's network: the paper's, or one of at most 3% of the estimator's FLOPs."""
     budget: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
     """Tell the selector the mean cost that it is to keep to, so that one model serves every budget; this is the one
-    where none is given. None: it follows --rho or --target-cost alone."""
+    where none is given. None: it follows rho, or the target cost, alone."""
     task_norm: Literal["shared", "per_task"] = "shared"
     """Batch norm with one set of statistics for all tasks, or one a task."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
