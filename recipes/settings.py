@@ -15,18 +15,17 @@ SCALES = get_args(Scale)
 # Section 4.1 and Algorithm 1, and the authors' code where the paper is silent: the defaults of the configuration.
 PAPER = TrainConfig()
 PAPER_RHOS = (1.0, 0.1)
-# Eight epochs, two of them for the selector's choice to be followed before the last three: every path is to be of use
-# after minutes, hence the sandwich rule; and the selector has one epoch to learn in, hence little variance.
+# Minutes: one long descent, for every restart of the rate costs what several epochs gave; every path of use after it,
+# hence the sandwich rule; a selector that has two epochs to learn in, hence little variance; and a last descent on the
+# paths that it chose.
 SMALL = TrainConfig(
-    stages=2,
+    stages=1,
     batch_size=64,
-    estimator=EstimatorConfig(
-        first_epochs=3, epochs=2, settle_epochs=3, schedule="cosine", decay=0.8, sandwich=True
-    ),
+    estimator=EstimatorConfig(first_epochs=6, settle_epochs=3, schedule="cosine", decay=0.3, sandwich=True),
     selector=SelectorConfig(
-        lr=2e-3, epochs=1, paths=4, baseline="leave_one_out", cost="expected", epsilon_decay=0.97, entropy=0.01
+        lr=2e-3, epochs=2, paths=4, baseline="leave_one_out", cost="expected", epsilon_decay=0.97, entropy=0.01
     ),
-)  # fmt: skip
+)
 # The paper prints the sizes of its selectors: 1.49M and 0.15G beside ResNet-42, 0.37M and 0.11G beside WRN-32-4, 3.6M
 # beside ResNeXt, 3.9M beside VGG, 0.4M beside SimpleConvNet. A residual network of these widths has 1.48M, 0.37M, 3.6M,
 # 3.9M, 0.37M. Five stages where only parameters are told: the same parameters for fewer FLOPs.
