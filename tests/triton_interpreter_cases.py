@@ -177,7 +177,7 @@ class _Block:
             pre_shift=self.pre_shift if self.pre_shift is None else self.pre_shift.to(dtype),
             stride=self.strides,
             groups=self.groups,
-            projection=[t.float() for t in self.projection],
+            projection=[t.to(dtype) for t in self.projection],
             relu=self.relu,
         )
 
