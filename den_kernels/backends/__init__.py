@@ -10,6 +10,8 @@ A backend is a module with
     pack_weights                        weights as the blocks read them, a form for each class of batch
     gather                              packed weights moved to where a chain reads them best
 
+and, where it has its own: conv2d_add; batch_norm and batch_norm_backward; plan_levels ("triton" and "cpu").
+
 Nothing heavy is imported until a backend is asked for.
 """
 
