@@ -150,7 +150,7 @@ def test_training_kernels(pool, arch):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_gradients_where_channels_are_many(pool, arch):
     jobs = [Job(arch, "half", kernel, 256, 256, 8) for kernel in PRODUCTS]
-    jobs += [Job(arch, kind, kernel, 256, 128, 16) for kernel in ("data gradient", "weight gradient") for kind in KINDS]
+    jobs += [Job(arch, kind, "weight gradient", 256, 128, 16) for kind in ("tf32", "fp32")]
     _check(pool.map(_compile, jobs))
 
 
