@@ -173,23 +173,27 @@ def conv2d_backward(
     """
     from den_kernels.backends.triton import conv, data_gradient, launch, weight_gradient
 
-    dx = conv.empty_map(tuple(x.shape), x) if output_mask[0] else x.new_empty(0)
+    dx = conv.empty_map(x.shape, x) if output_mask[0] else x.new_empty(0)
     filters = (weight.shape[0], *weight.shape[2:], weight.shape[1])
     dweight = x.new_empty(filters if output_mask[1] else 0)
     dbias = x.new_empty(weight.shape[0] if output_mask[2] else 0)
     if grad.numel() == 0 or x.numel() == 0:
         return dx.zero_(), _from_ohwi(dweight.zero_()), dbias.zero_()
     grad, x = _channels_last(grad), _channels_last(x)
-    widths = _contiguous(in_width), _contiguous(out_width)
-    geometry = _pair(stride), _pair(padding), _pair(dilation), groups
+    read, write = _contiguous(in_width), _contiguous(out_width)
+    stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
     planned = []
     if output_mask[0]:
         filters_OHWI = pack_weight(weight, groups)
-        planned.append(data_gradient.plan_data_gradient(grad, filters_OHWI, *widths, dx, *geometry))
+        planned.append(
+            data_gradient.plan_data_gradient(grad, filters_OHWI, read, write, dx, stride, padding, dilation, groups)
+        )
     if output_mask[1]:
-        planned += weight_gradient.plan_weight_gradient(grad, x, *widths, dweight, *geometry)
+        planned += weight_gradient.plan_weight_gradient(
+            grad, x, read, write, dweight, stride, padding, dilation, groups
+        )
     if output_mask[2]:
-        planned += weight_gradient.plan_bias_gradient(grad, widths[1], dbias)
+        planned += weight_gradient.plan_bias_gradient(grad, write, dbias)
     for one in planned:
         launch.run(one, x.device)
     return dx, _from_ohwi(dweight), dbias
@@ -211,10 +215,10 @@ def batch_norm(
     if x.numel() == 0:
         return plain_batch_norm.batch_norm(x, row, width, weight, bias, rows, eps, relu)
     x = _channels_last(x)
-    y = conv.empty_map(tuple(x.shape), x)
+    y = conv.empty_map(x.shape, x)
     mean, var, count = (x.new_empty((rows, x.shape[1]), dtype=torch.float32) for _ in range(3))
-    tables = *(_contiguous(t) for t in (row, width, weight, bias)), y, mean, var, count
-    for one in norm.plan_forward(x, *tables, eps, relu):
+    told = norm.Norm(_contiguous(row), _contiguous(width), _contiguous(weight), _contiguous(bias), eps, relu)
+    for one in norm.plan_forward(x, told, y, mean, var, count):
         launch.run(one, x.device)
     return y, mean, var, count
 
@@ -238,10 +242,10 @@ def batch_norm_backward(
     if x.numel() == 0:
         return plain_batch_norm.batch_norm_backward(grad, x, row, width, weight, bias, mean, var, count, eps, relu)
     grad, x = _channels_last(grad), _channels_last(x)
-    dx = conv.empty_map(tuple(x.shape), x)
+    dx = conv.empty_map(x.shape, x)
     dweight, dbias = torch.empty_like(mean), torch.empty_like(mean)
-    tables = (_contiguous(t) for t in (row, width, weight, bias, mean, var, count))
-    for one in norm.plan_backward(grad, x, *tables, dx, dweight, dbias, eps, relu):
+    told = norm.Norm(_contiguous(row), _contiguous(width), _contiguous(weight), _contiguous(bias), eps, relu)
+    for one in norm.plan_backward(grad, x, told, mean, var, count, dx, dweight, dbias):
         launch.run(one, x.device)
     return dx, dweight, dbias
 

@@ -60,8 +60,11 @@ def plan_block(
     residual, pooling = x, math.prod(stride)
     if projection:
         # The convolutions still read x when it is to be overwritten.
-        residual, pooling = empty_map(tuple(out.shape), out) if in_place else out, 1
-        launches.append(plan_projection(x, *projection, level, residual, math.prod(stride)))
+        residual, pooling = empty_map(out.shape, out) if in_place else out, 1
+        filters, projection_scale, projection_shift = projection
+        launches.append(
+            plan_projection(x, filters, projection_scale, projection_shift, level, residual, math.prod(stride))
+        )
         in_place = not in_place
     source = x
     padded_in = True  # whether what `source` holds beyond a width, up to the next multiple of 16, is zero

@@ -10,6 +10,8 @@ N samples, C channels, P pixels, R rows of statistics.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -341,10 +343,21 @@ def input_gradient_kernel(
     tl.store(dx_PC, values_PC.to(dx_ptr.dtype.element_ty), mask=ok_PC)
 
 
+class Norm(NamedTuple):
+    """What a norm is told beside its maps, contiguous; see `ops.py`."""
+
+    row: torch.Tensor | None
+    width: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    eps: float
+    relu: bool
+
+
 class _Plan:
     """The sizes and tiles that the launches over one map x [N, C, H, W] (channels_last, not empty) share."""
 
-    def __init__(self, x: torch.Tensor, row: torch.Tensor | None, width: torch.Tensor | None, rows: int):
+    def __init__(self, x: torch.Tensor, norm: Norm, rows: int):
         self.samples, self.channels = x.shape[:2]
         self.pixels = x.shape[2] * x.shape[3]
         check_indexable(x[0], x)
@@ -357,7 +370,9 @@ class _Plan:
         self.tiles_p = -(-self.pixels // self.tile.block_rows)
         self.granule = {"GRANULE": configs.granule(self.channels)}
         self.rows = rows
-        self.members = {"row_ptr": row, "width_ptr": width}
+        self.members = {"row_ptr": norm.row, "width_ptr": norm.width}
+        self.affine = {"weight_ptr": norm.weight, "bias_ptr": norm.bias, "eps": norm.eps}
+        self.relu = {"RELU": norm.relu}
 
     def of_samples(self, kernel, arguments: dict, constants: dict) -> Launch:
         """A program a sample and tile of channels."""
@@ -378,61 +393,45 @@ class _Plan:
 
 
 def plan_forward(
-    x: torch.Tensor,
-    row: torch.Tensor | None,
-    width: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    y: torch.Tensor,
-    mean: torch.Tensor,
-    var: torch.Tensor,
-    count: torch.Tensor,
-    eps: float,
-    relu: bool,
+    x: torch.Tensor, norm: Norm, y: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, count: torch.Tensor
 ) -> list[Launch]:
     """The launches of the forward, in order; ``x`` and ``y`` are channels_last and not empty, the rest contiguous."""
-    plan = _Plan(x, row, width, mean.shape[0])
+    plan = _Plan(x, norm, mean.shape[0])
     sample_mean, sample_square = (x.new_empty((plan.samples, plan.channels), dtype=torch.float32) for _ in range(2))
-    moments = {"x_ptr": x, "width_ptr": width, "mean_ptr": sample_mean, "square_ptr": sample_square}
+    moments = {"x_ptr": x, "width_ptr": norm.width, "mean_ptr": sample_mean, "square_ptr": sample_square}
     sums = {"sample_mean_ptr": sample_mean, "sample_square_ptr": sample_square}
     tables = {"mean_ptr": mean, "var_ptr": var}
-    affine = {"weight_ptr": weight, "bias_ptr": bias}
     return [
         plan.of_samples(moments_kernel, moments, {}),
         plan.of_rows(statistics_kernel, sums | tables | {"count_ptr": count, "pixels": plan.pixels}),
-        plan.of_pixels(normalise_kernel, {"x_ptr": x, "y_ptr": y, "eps": eps} | tables | affine, {"RELU": relu}),
+        plan.of_pixels(normalise_kernel, {"x_ptr": x, "y_ptr": y} | tables | plan.affine, plan.relu),
     ]
 
 
 def plan_backward(
     grad: torch.Tensor,
     x: torch.Tensor,
-    row: torch.Tensor | None,
-    width: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    norm: Norm,
     mean: torch.Tensor,
     var: torch.Tensor,
     count: torch.Tensor,
     dx: torch.Tensor,
     dweight: torch.Tensor,
     dbias: torch.Tensor,
-    eps: float,
-    relu: bool,
 ) -> list[Launch]:
     """The launches of the backward, in order; maps are channels_last and not empty, the rest contiguous."""
-    plan = _Plan(x, row, width, mean.shape[0])
+    plan = _Plan(x, norm, mean.shape[0])
     sums, products = (x.new_empty((plan.samples, plan.channels), dtype=torch.float32) for _ in range(2))
     maps = {"grad_ptr": grad, "x_ptr": x}
-    tables = {"mean_ptr": mean, "var_ptr": var, "weight_ptr": weight, "bias_ptr": bias, "eps": eps}
+    tables = {"mean_ptr": mean, "var_ptr": var} | plan.affine
     of_samples = {"sum_ptr": sums, "product_ptr": products}
     parameters = {"dweight_ptr": dweight, "dbias_ptr": dbias}
     return [
         plan.of_samples(
-            gradient_sums_kernel, maps | plan.members | tables | of_samples | {"rows": plan.rows}, {"RELU": relu}
+            gradient_sums_kernel, maps | plan.members | tables | of_samples | {"rows": plan.rows}, plan.relu
         ),
-        plan.of_rows(parameter_gradients_kernel, of_samples | parameters | {"var_ptr": var, "eps": eps}),
+        plan.of_rows(parameter_gradients_kernel, of_samples | parameters | {"var_ptr": var, "eps": norm.eps}),
         plan.of_pixels(
-            input_gradient_kernel, maps | tables | parameters | {"count_ptr": count, "dx_ptr": dx}, {"RELU": relu}
+            input_gradient_kernel, maps | tables | parameters | {"count_ptr": count, "dx_ptr": dx}, plan.relu
         ),
     ]

@@ -114,10 +114,10 @@ def training_launches(
     packed = weight_gradient.plan_weight_gradient(activations(channels, 3), activations(channels, 3), width, width,
                                                   square, *strides[1])[1]  # fmt: skip
     levels, tables = integers(samples), [rows(4, channels) for _ in range(5)]
-    sums, statistics, normalise = norm.plan_forward(x, levels, width, *tables[:2], x, *tables[2:], eps=1e-5, relu=True)
-    gradient_sums, parameters, input_gradient = norm.plan_backward(
-        x, x, levels, width, *tables, x, *tables[:2], eps=1e-5, relu=True
-    )
+    told = norm.Norm(levels, width, tables[0], tables[1], eps=1e-5, relu=True)
+    mean, var, count = tables[2:]
+    sums, statistics, normalise = norm.plan_forward(x, told, x, mean, var, count)
+    gradient_sums, parameters, input_gradient = norm.plan_backward(x, x, told, mean, var, count, x, mean, var)
     level = torch.empty((samples, 15), dtype=torch.int64, device="meta")
     orders = [torch.empty((15, n), dtype=torch.int32, device="meta") for n in (samples, samples, 4)]
     return {
