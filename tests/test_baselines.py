@@ -1,4 +1,4 @@
-"""Every competitor, from its name to its run folder: what it writes, that it learns, resumes, and names what is wrong."""
+"""Every competitor, from its name to its run folder: what it writes, that it learns and resumes, bad arguments."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def test_slim_path_meets_its_flops(name: str, miss: float) -> None:
     for share in (0.2, 0.53, 0.9):
         ratios, path = slim_path(name, share, 32)
         with torch.device("meta"):
-            model = den.create_model(name, {"a": 2}, ratios=ratios, selector="light")
+            model = den.create_model(name, {"a": 2}, ratios=ratios)
         full = den.flops(model, [model.num_levels - 1] * model.num_blocks, 32)
         assert float(den.flops(model, path, 32) / full) == pytest.approx(share, abs=miss)
     assert set(slim_path(name, 1.0, 32)[1]) == {len(slim_path(name, 1.0, 32)[0]) - 1}
@@ -168,7 +168,7 @@ def test_blockdrops_gradient_is_that_of_the_expected_reward() -> None:
     """Over all eight choices of three blocks, to within the sampling error of 200,000 draws."""
     torch.manual_seed(0)
     logits_BL, bound = torch.randn(3, 2, dtype=torch.float64), 0.8
-    table = torch.rand(2, 2, 2, dtype=torch.float64)  # a reward for every choice
+    table = 5 * torch.rand(2, 2, 2, dtype=torch.float64)  # a reward for every choice
     exact_BL = logits_BL.clone().requires_grad_()
     s_B = exact_BL.softmax(1)[:, 1]
     keep_B = bound * s_B + (1 - bound) * (1 - s_B)
@@ -182,8 +182,8 @@ def test_blockdrops_gradient_is_that_of_the_expected_reward() -> None:
     choice = Choice(drawn_BL.expand(samples, -1, -1), bound, 3, torch.Generator().manual_seed(1))
     rewards = [table[tuple(keep_NB.unbind(1))] for keep_NB in (choice.drawn_NB, choice.greedy_NB)]
     choice.loss(*rewards).backward()
-    assert drawn_BL.grad == pytest.approx(exact_BL.grad, abs=4e-3)
-    assert exact_BL.grad.abs().max() > 2e-2
+    assert drawn_BL.grad == pytest.approx(exact_BL.grad, abs=6e-3)
+    assert exact_BL.grad.abs().max() > 5e-2
 
 
 def test_blockdrop_has_two_levels_and_a_fixed_network_in_the_curriculum() -> None:

@@ -100,7 +100,7 @@ def test_projection_is_onto_the_simplex_and_the_nearest(values: list[float], flo
     assert float(found.min()) >= floor - 1e-12
     others = torch.distributions.Dirichlet(torch.ones(len(values), dtype=torch.float64))
     torch.manual_seed(seed)
-    candidates = floor + (1 - len(values) * floor) * others.sample((200,))
+    candidates = floor + (1 - len(values) * floor) * others.sample((50,))
     assert (found - x).norm() <= (candidates - x).norm(dim=1).min() + 1e-9
 
 
@@ -155,7 +155,8 @@ def test_pruned_network_is_the_whole_with_channels_at_zero(make) -> None:
     assert torch.allclose(network(x, "a", [1] * network.num_blocks).logits, whole, atol=1e-4)  # only reordered
     counts = network.account(torch.zeros(1, network.num_blocks, dtype=torch.int64), image_shape(make)[1:])
     assert counts["stored_parameters"] == counts["parameters"][0] <= 0.5 * full
-    assert counts["stored_parameters"] > 0.4 * full
+    one = max(2 * block.param_counts[1] * unit(block) // block.widths[1] for block in network.blocks)
+    assert counts["stored_parameters"] + one > 0.5 * full  # no more than was needed
     found = network(x, "a").logits
     with torch.no_grad():
         for block in network.blocks:

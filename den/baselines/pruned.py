@@ -136,8 +136,9 @@ def importance(block: Block) -> list[Tensor]:
     """How much each unit of each hidden layer matters, [G] each: by torch-pruning, on a block's layers with their norms
     folded in."""
     tp = _torch_pruning()
-    plain = plain_block(block, FULL, 0)
-    layers = [m for m in plain.children() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    with torch.no_grad():
+        plain = plain_block(block, FULL, 0)
+    layers = [layer for name, layer in plain.named_children() if name[:-1] in ("conv", "linear")]  # no projection
     chain = nn.Sequential(*layers).requires_grad_(True)
     first = layers[0]
     shape = (1, first.in_features) if isinstance(first, nn.Linear) else (1, first.in_channels, 4, 4)
@@ -216,6 +217,7 @@ def hidden_spaces(block: Block) -> list[list[Space]]:
     raise TypeError(f"cannot prune a block of type {type(block).__name__}")
 
 
+@torch.no_grad()
 def reorder(block: Block, scores: Sequence[Tensor]) -> None:
     """Put the hidden channels in the order of their score, the largest first: the block computes what it did."""
     for score, spaces in zip(scores, hidden_spaces(block), strict=True):
@@ -239,6 +241,7 @@ def _permute(layer: nn.Module, order_C: Tensor, axis: int) -> None:
         bias.copy_(bias[order_C])
 
 
+@torch.no_grad()
 def copy_level(block: Block) -> None:
     """Start the norms of level 0, where each level has its own, from those of the whole block."""
     for norm in block.modules():

@@ -46,7 +46,7 @@ def slim_path(
     """
     if not 0 < share <= 1:
         raise ValueError(f"share is {share}; it must be above 0 and at most 1")
-    more = {"selector": "light", **(options or {}), "bn": "shared"}
+    more = {**(options or {}), "bn": "shared", "selector": {"widths": (4,), "blocks_per_stage": 1}}
     with torch.device("meta"):  # they are counted, not run
         full = create_model(model, {"any": 2}, **more).estimator
         units = min(_units(block) for block in full.blocks)  # type: ignore[arg-type]
