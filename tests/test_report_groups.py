@@ -65,6 +65,7 @@ def test_every_printed_row_meets_its_method(tmp_path: Path) -> None:
         write_run(tmp_path / "den2", train={"rho": 2.0}, **RESNEXT),
         write_run(tmp_path / "blockdrop", method="blockdrop", **RESNEXT),
     ]
+    runs[0].summary["cifar10"]["random"] = runs[0].summary["cifar10"]["full"]  # says nothing of a dense network
     (study,) = studies(runs)
     (sheet,) = sheets.beside_paper(study)
     assert sheet.title == "Table 5 of the paper: Network compression on CIFAR-10, ResNeXt-29 (4x64d)"
@@ -83,6 +84,7 @@ def test_every_printed_row_meets_its_method(tmp_path: Path) -> None:
     row = dict(zip(sheet.header[4:], sheet.rows[6][4:], strict=True))
     assert row["cifar10"] == "75.00"
     assert (row["2 x MACs"], row["MACs"], row["full / ours"]) == ("0.50", "0.25", "2.00x")
+    assert [row[0] for row in sheets.results(study).rows if "dense" in row[0]] == ["dense network"]
 
 
 def test_a_nestednet_stands_beside_a_row_of_each_of_its_levels(tmp_path: Path) -> None:

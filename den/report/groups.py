@@ -124,13 +124,15 @@ class Group:
     def entries(self) -> Iterator[Entry]:
         """The method's own result, and after it what other policies of the same runs come to."""
         about = self.first.about
-        policies = next(iter(self.first.summary.values()))
         yield Entry(self.label, self.detail, about["policy"], True, self.runs)
-        for policy in policies:
-            if policy == about["policy"] or any(policy not in p for run in self.runs for p in run.summary.values()):
+        # Of other methods, what was not trained for says nothing: a dense network at random levels.
+        probes = {"den": None, "nestednet": None, "random": ["full"]}.get(about["method"], [])
+        for policy in next(iter(self.first.summary.values())):
+            if policy == about["policy"] or (probes is not None and policy not in probes):
                 continue
-            own = about["method"] == "nestednet"  # each of its levels is a result
-            yield Entry(f"{self.label}, {_of_policy(policy)}", self.detail, policy, own, self.runs)
+            if all(policy in policies for run in self.runs for policies in run.summary.values()):
+                own = about["method"] == "nestednet"  # each of its levels is a result
+                yield Entry(f"{self.label}, {_of_policy(policy)}", self.detail, policy, own, self.runs)
 
     @property
     def own(self) -> Entry:
