@@ -23,7 +23,7 @@ from triton_interpreter_cases import (
 from den_kernels import reference
 from den_kernels.backends import batch_norm as plain
 from den_kernels.backends import triton as backend
-from den_kernels.backends.triton import configs, plan, weight_gradient
+from den_kernels.backends.triton import configs, launch, plan, weight_gradient
 from den_kernels.plan import plan_levels
 
 # Further walks over the taps for the data gradient: phases that meet some taps, and phases that meet none.
@@ -97,18 +97,21 @@ def test_conv2d_backward_makes_what_is_asked_for():
         assert torch.equal(some[i], every[i])
 
 
-@pytest.mark.parametrize(("size", "multiprocessors"), [((1, 1), 1), ((3, 3), 7), ((4, 4), 50)], ids=str)
-def test_weight_gradient_in_any_number_of_parts(size, multiprocessors, monkeypatch):
+@pytest.mark.parametrize(("size", "parts"), [((1, 1), 1), ((3, 4), 1), ((5, 5), 2), ((8, 8), 6)], ids=str)
+def test_weight_gradient_in_any_number_of_parts(size, parts, monkeypatch):
     """Maps of fewer pixels than a step, and of several; samples that skip; one part to many."""
-    monkeypatch.setattr(weight_gradient, "multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(weight_gradient, "multiprocessors", lambda device: 7)
+    planned = []
+    monkeypatch.setattr(launch, "run", lambda one, device, run=launch.run: (planned.append(one), run(one, device)))
     monkeypatch.setattr(configs, "_FAMILIES", {"fp32": ((16,), (16,), (16,), configs._fp32)})
-    x, weight, grad = _map(6, 20, *size), _random(24, 20, 3, 3), _map(6, 24, *size, seed=1)
+    x, weight, grad = _map(6, 20, *size), _random(24, 20, 1, 1), _map(6, 24, *size, seed=1)
     in_width, out_width = torch.tensor([20, 16, 3, 0, 20, 17]), torch.tensor([24, 0, 16, 24, 5, 24])
     arguments = (_poison(grad, out_width), _poison(x, in_width), weight, in_width, out_width)
-    geometry = ((1, 1), (1, 1), (1, 1), 1)
+    geometry = ((1, 1), (0, 0), (1, 1), 1)
     run = lambda: backend.conv2d_backward(*arguments, *geometry, (False, True, True))  # noqa: E731
     (_, dweight, dbias), again = run(), run()
-    _, want, want_bias = _gradients(x, weight, grad.new_zeros(24), in_width, out_width, grad, padding=1)
+    assert planned[1].arguments["splits"] == parts
+    _, want, want_bias = _gradients(x, weight, grad.new_zeros(24), in_width, out_width, grad)
     torch.testing.assert_close(dweight.double(), want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(dbias.double(), want_bias, rtol=1e-5, atol=1e-5)
     assert torch.equal(dweight, again[1])
