@@ -21,6 +21,7 @@ import den
 from den.cli import COMMANDS, INTERRUPTED, USAGE, main
 from den.cli.common import DATA_SETS
 from den.data import SOURCES
+from den.results import read_evaluations
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -158,6 +159,18 @@ def test_train_on_two_tasks_prints_json_alone(capsys, cifar10, tmp_path):
         "out": str(tmp_path / "run"),
         "tasks": json.loads((tmp_path / "run" / "summary.json").read_text()),
     }
+
+
+@pytest.mark.filterwarnings("ignore:.* holds .* images; the published file holds")
+def test_two_labels_of_an_image_train_as_two_tasks_on_one_path(capsys, cifar10, tmp_path):
+    arguments = ("train", "--data", "cifar10", "--labels", "both", "--root", cifar10, "--out", tmp_path, *QUICK)
+    result = json.loads(output(capsys, *arguments, "--subset", "20", "--json"))
+    assert list(result["tasks"]) == ["coarse", "fine"]
+    found = read_evaluations(tmp_path)
+    assert torch.equal(found["coarse"]["selector"].level, found["fine"]["selector"].level)
+    source = json.loads((tmp_path / "config.json").read_text())["source"]["tasks"]
+    assert {name: options["labels"] for name, options in source.items()} == {"coarse": "coarse", "fine": "fine"}
+    assert json.loads(output(capsys, "eval", tmp_path, "--task", "coarse", "--json"))["tasks"].keys() == {"coarse"}
 
 
 def test_another_family_trains_and_is_read_back(capsys, cifar10, tmp_path):

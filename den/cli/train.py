@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from den.cli.common import DATA_SETS, UserError, data_source, log, print_json, user_input
 from den.config import TrainConfig
+
+if TYPE_CHECKING:
+    from den.tasks import Task
 
 DATA_HELP = (
     "Data sets, one a task: "
@@ -42,7 +45,8 @@ class Train:
     image_size: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """Side that images are resized to; None: as published. Needed for a folder of unequal sizes."""
     labels: Literal["fine", "coarse", "both"] = "fine"
-    """Labels of cifar100; both: two tasks whose images take one path each, which both heads read."""
+    """Labels of cifar100, and of cifar10 (coarse: animals, vehicles); both: two tasks, one path an image, which both
+    heads read."""
     model: str = "wrn_20_2"
     """Backbone: wrn_{depth}_{width factor}, such as wrn_32_4, or simple_conv_net."""
     ratios: Annotated[tuple[float, ...], tyro.conf.arg(metavar="FLOAT [FLOAT ...]")] = ()
@@ -91,12 +95,11 @@ class Train:
         from den.tasks import load_task
         from den.trainer import Trainer
 
-        labels = ("fine", "coarse") if self.labels == "both" else (self.labels,)
-        sources = [self._source(entry, label) for entry in self.data for label in labels]
+        sources = [self._source(entry) for entry in self.data]
         with user_input():
-            tasks = [load_task(**source) for source in sources]
-            if len(labels) > 1:
-                tasks = [replace(task, joint=source["dataset"]) for task, source in zip(tasks, sources, strict=True)]
+            # A data set of two labels is a task for each, on one path.
+            parts = [(part, source) for source in sources for part in load_task(**source).by_head()]
+            tasks = [part for part, _ in parts]
             names = [task.name for task in tasks]
             if len(set(names)) < len(names):
                 raise UserError(f"--data names a data set twice: {', '.join(names)}")
@@ -118,7 +121,10 @@ class Train:
                     tasks,
                     self.config,
                     about={"method": "den", "policy": "selector", "seed": self.config.seed},
-                    source={"tasks": dict(zip(names, sources, strict=True)), "command": self._plain()},
+                    source={
+                        "tasks": {part.name: _of_head(part, source) for part, source in parts},
+                        "command": self._plain(),
+                    },
                     on_epoch=self._epoch,
                 )
             except MisconfigurationException as error:
@@ -136,7 +142,7 @@ class Train:
             print(summary_table(summary))
             print(f"written to {self.config.out}")
 
-    def _source(self, entry: str, labels: str) -> dict[str, Any]:
+    def _source(self, entry: str) -> dict[str, Any]:
         return {
             **data_source(entry, self.root),
             "subset": self.subset,
@@ -144,7 +150,7 @@ class Train:
             "channels": self.in_channels,
             "val_fraction": self.val_fraction,
             "image_size": self.image_size,
-            "labels": labels,
+            "labels": self.labels,
         }
 
     def _epoch(self, record: dict[str, Any]) -> None:
@@ -170,6 +176,11 @@ class Train:
                 return Train(**options, config=config)
             except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
                 raise UserError(f"{path} is not of a run that den train began: {error}") from error
+
+
+def _of_head(task: Task, source: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `load_task` for one label's images, of a data set that was loaded with both."""
+    return source if task.joint is None else {**source, "labels": task.name}
 
 
 def _restore(default: Any, values: dict[str, Any]) -> Any:
