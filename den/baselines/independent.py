@@ -6,7 +6,7 @@ N samples, B blocks.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class IndependentNetworks(TaskNetwork):
         return DENOutput(self.networks[task](x, level_NB, task), level_NB, None)
 
     def account(self, level_NB: Tensor, image_size: tuple[int, int]) -> dict[str, Any]:
-        estimators: Sequence[Estimator] = list(self.networks.values())  # type: ignore[assignment]
+        estimators = [cast(Estimator, network) for network in self.networks.values()]
         return whole(level_NB, image_size, estimators[:1], stored=len(estimators))
 
 

@@ -138,7 +138,11 @@ def importance(block: Block) -> list[Tensor]:
     tp = _torch_pruning()
     with torch.no_grad():
         plain = plain_block(block, FULL, 0)
-    layers = [layer for name, layer in plain.named_children() if name[:-1] in ("conv", "linear")]  # no projection
+    layers: list[nn.Conv2d | nn.Linear] = [
+        layer  # type: ignore[misc]
+        for name, layer in plain.named_children()
+        if name[:-1] in ("conv", "linear")  # no projection
+    ]
     chain = nn.Sequential(*layers).requires_grad_(True)
     first = layers[0]
     shape = (1, first.in_features) if isinstance(first, nn.Linear) else (1, first.in_channels, 4, 4)
