@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from den_kernels.all_reduce import add_over_processes
 from den_kernels.backends.batch_norm import batch_norm
 from den_kernels.functional import den_conv2d
-from den_kernels.sync import add_over_processes
 
 
 def _widths_buffer(name: str, widths: Sequence[int] | None, channels: int, groups: int, device) -> Tensor | None:

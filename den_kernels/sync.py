@@ -10,26 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from den_kernels.all_reduce import add_over_processes
 from den_kernels.backends.batch_norm import batch_norm
-
-
-class _Sum(torch.autograd.Function):
-    """The sum over processes; so is its gradient, for every process's result depends on every process's addend."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return _Sum.apply(grad.contiguous())
-
-
-def add_over_processes(x: Tensor) -> Tensor:
-    """The sum of x over all processes of `torch.distributed`, with a gradient."""
-    return _Sum.apply(x)
+from den_kernels.modules import DENBatchNorm2d
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
@@ -57,8 +40,6 @@ def sync_batch_norm(module: nn.Module) -> nn.Module:
 
     Returns the module: `DENBatchNorm2d` with `sync` set, `nn.BatchNorm2d` replaced by `SyncBatchNorm2d`.
     """
-    from den_kernels.modules import DENBatchNorm2d
-
     for part in list(module.modules()):
         if isinstance(part, DENBatchNorm2d):
             part.sync = True
