@@ -184,9 +184,10 @@ def test_float32(pool, arch, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_tile_that_the_heuristic_can_pick(pool, arch, kind):
+    gradients = ("data gradient", "weight gradient") if kind == "half" else ()  # whose tiles are those of the others
     jobs = [
         Job(arch, kind, kernel, tile=tile)
-        for kernel in (*CORE, "data gradient", "weight gradient")
+        for kernel in (*CORE, *gradients)
         for tile in configs.tiles(kind, kernel in THROUGH_REGISTERS)
     ]
     _check(pool.map(_compile, jobs, chunksize=4))
