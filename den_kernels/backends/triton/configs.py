@@ -75,7 +75,7 @@ def tile(problem: Problem, device: torch.device, facts: Facts) -> TileConfig:
 # spilling: activations that pass through registers on their way (pre-activation, an exact mask) need more of them.
 def _half(block_m: int, block_n: int, block_k: int, through_registers: bool) -> TileConfig:
     large = block_m * block_n * block_k >= 128 * 64 * 64
-    wide = block_m * block_n >= 64 * 128 or block_m * block_k >= 128 * 64
+    wide = block_m * block_n >= 64 * 128 or max(block_m, block_n) * block_k >= 128 * 64
     warps = 8 if large or (through_registers and wide) else 4
     return TileConfig(block_m, block_n, block_k, warps, 3 if (block_m + block_n) * block_k > 128 * 64 else 4)
 
