@@ -110,6 +110,13 @@ def test_small_scale_says_that_it_is_and_a_named_row_is_obeyed(tmp_path: Path) -
     assert sheets.beside_paper(studies([write_run(tmp_path / "none")])[0]) == []
 
 
+def test_a_run_that_was_to_meet_a_cost_is_named_by_it_and_stands_beside_no_rho(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "den", train={"rho": 1.0, "target_cost": 0.5}, **RESNEXT)
+    (sheet,) = sheets.beside_paper(studies([run])[0])
+    assert cells(sheet, "DEN (rho = 1)")["method"] == "not run"
+    assert [row[4] for row in sheet.rows if row[0] == "(not in the paper)"] == ["DEN (cost = 0.5)"]
+
+
 def test_paired_tests_are_over_the_same_images(tmp_path: Path) -> None:
     den = [write_run(tmp_path / f"d{s}", seed=s, right=38, train={"rho": 1.0}) for s in (0, 1)]
     slim = write_run(tmp_path / "s", seed=9, method="slim", policy="fixed", right=20)

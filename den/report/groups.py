@@ -106,10 +106,11 @@ class Group:
 
     @cached_property
     def detail(self) -> str:
-        """What this method is usually varied in: rho of a DEN, the share of a slim network."""
+        """What this method is usually varied in: rho of a DEN, or the cost it was to meet; the share of a slim network."""
         train = self.first.config.get("train", {})
         if self.first.about["method"] == "den" and "rho" in train:
-            return f"rho = {train['rho']:g}"
+            target = train.get("target_cost")
+            return f"rho = {train['rho']:g}" if target is None else f"cost = {target:g}"
         shares = [run.config.get("train", {}).get("share") for run in self.runs]
         known = [share for share in shares if share is not None]  # each seed's own, where it follows another run's
         return f"share {statistics.fmean(known):.2g}" if known else ""

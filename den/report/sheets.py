@@ -166,7 +166,8 @@ def _stands_beside(entry: Entry, row: paper.Row, study: Study, table: paper.Tabl
         return False
     train, model = entry.runs[0].config.get("train", {}), entry.runs[0].config.get("model", {})
     sizes = {model.get("image_size"), *(p["image_size"][0] for p in _preprocessing(entry))}
-    return (row.rho is None or row.rho == train.get("rho")) and (row.image_size is None or row.image_size in sizes)
+    rho = train.get("rho") if train.get("target_cost") is None else None  # else it moved
+    return (row.rho is None or row.rho == rho) and (row.image_size is None or row.image_size in sizes)
 
 
 def _alike(method: str) -> tuple[str, ...]:
