@@ -106,7 +106,7 @@ class Group:
 
     @cached_property
     def detail(self) -> str:
-        """What this method is usually varied in: rho of a DEN, or the cost that it was to meet; a slim network's share."""
+        """What this method is usually varied in: rho of a DEN, or the cost it is to meet; a slim network's share."""
         train = self.first.config.get("train", {})
         if self.first.about["method"] == "den" and "rho" in train:
             target = train.get("target_cost")
