@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from den.files import write_whole
 from den.model import DEN, create_model
 
 VERSION = 1
@@ -42,8 +42,8 @@ def save(model: DEN, folder: str | os.PathLike[str], meta: Mapping[str, Any] | N
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    replace(folder / TENSORS, lambda path: save_file(tensors, path))
-    replace(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+    write_whole(folder / TENSORS, lambda path: save_file(tensors, path))
+    write_whole(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def load(
@@ -102,21 +102,6 @@ def read_config(folder: Path) -> dict[str, Any]:
         if not isinstance(content.get(key), dict):
             raise ValueError(f"{path} has {key!r} of {content.get(key)!r}; it must be an object")
     return content
-
-
-def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it to `path`; on an error nothing is left behind."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)  # mkstemp makes it private
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_tensors(model: nn.Module, path: Path) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def sparsity(level: Tensor, ratio_BL: Tensor, rho: float) -> Tensor:
+def sparsity(level: Tensor, ratio_BL: Tensor, rho: float | Tensor) -> Tensor:
     """S(z) of equation 5, per sample: rho * (mean over blocks of d_i(l_i))^2.
 
     level: integer [..., B]; ratio_BL: d_i(l), the share of block i's parameters that level l runs. Returns [...].

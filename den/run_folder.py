@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from den import checkpoint
+from den.files import write_whole
 from den.model import DEN
 
 
@@ -58,15 +59,11 @@ class RunFolder:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file, whole or not at all."""
-        temporary = self.path / f"{name}.tmp"
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
-        temporary.replace(self.path / name)
+        write_whole(self.path / name, lambda path: path.write_text(json.dumps(value, indent=2) + "\n"))
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write a safetensors file, whole or not at all."""
-        temporary = self.path / f"{name}.tmp"
-        save_file(dict(tensors), temporary)
-        temporary.replace(self.path / name)
+        write_whole(self.path / name, lambda path: save_file(dict(tensors), path))
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add a line to metrics.jsonl."""
@@ -77,9 +74,7 @@ class RunFolder:
         """Drop the lines behind the first `lines`: epochs that a resumed run does again."""
         path = self.path / "metrics.jsonl"
         kept = path.read_text().splitlines(keepends=True)[:lines] if path.exists() else []
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(path)
+        write_whole(path, lambda temporary: temporary.write_text("".join(kept)))
 
     def save_checkpoint(
         self,

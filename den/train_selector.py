@@ -25,6 +25,7 @@ from den.losses import (
     path_cost,
     sample_levels,
     selector_loss,
+    sparsity,
 )
 from den.model import DEN
 from den.tasks import Task
@@ -118,7 +119,7 @@ class SelectorTraining:
         if settings.baseline == "self_critical":
             asked = torch.cat([level_KNB, logits.detach().argmax(2)[None]])
         task_loss = self._task_loss(part, asked)
-        reward = task_loss + rho * path_cost(asked, table_BL).square()
+        reward = task_loss + sparsity(asked, table_BL, rho)
         signal = task_loss if settings.cost == "expected" else reward
         loss = selector_loss(logits, level_KNB, self._advantage(index, signal))
         if settings.cost == "expected":

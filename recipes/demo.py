@@ -22,6 +22,7 @@ from den import report, timing
 from den.config import EstimatorConfig, SelectorConfig, TrainConfig
 from den.flops import flops, selector_macs
 from den.metrics import Evaluation, evaluate
+from den.report.images import path_samples
 from den.run_folder import RunFolder
 from den.tasks import Task
 from recipes.recipe import Recipe, dense_twin, fit
@@ -115,28 +116,8 @@ def _draw(
     usage = {task: result["selector"]["level_usage"] for task, result in results.items()}
     report.level_usage(usage, ratios, out / "level_usage.png", conditions=name)
     report.latency_bars(rows, out / "latency.png", conditions=f"{name}\n{timing.hardware()}")
-    samples = [sample for task in tasks for sample in _samples(task, chosen[task.name])]
+    samples = [sample for task in tasks for sample in path_samples(task, chosen[task.name])]
     report.sample_paths(samples, ratios, out / "sample_paths.png", conditions=name)
-
-
-def _samples(task: Task, evaluation: Evaluation, count: int = 6) -> list[dict[str, Any]]:
-    """Test images from the cheapest path to the dearest, evenly spaced."""
-    order = evaluation.cost.argsort(stable=True)
-    places = torch.linspace(0, len(order) - 1, count).round().long()
-    samples = []
-    for i in order[places].tolist():
-        image, _ = task.test[i]
-        samples.append(
-            {
-                "image": image[0].numpy(),
-                "task": task.name,
-                "path": evaluation.level[i].tolist(),
-                "cost": float(evaluation.cost[i]),
-                "prediction": task.class_names[int(evaluation.prediction[i])],
-                "label": task.class_names[int(evaluation.label[i])],
-            }
-        )
-    return samples
 
 
 def main() -> None:

@@ -22,7 +22,6 @@ def test_methods_are_the_papers() -> None:
     assert set(baselines.METHODS) == {
         "independent", "random", "slim", "nestednet", "packnet", "blockdrop", "routing", "cross_stitch", "pruned"
     }  # fmt: skip
-    assert {row.method for row in baselines.CITED} == {"n2n"}
 
 
 @pytest.mark.parametrize("name", baselines.METHODS)

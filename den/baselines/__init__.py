@@ -16,7 +16,6 @@ from typing import Any
 from den import checkpoint
 from den.baselines.base import BaselineConfig, Method, TaskNetwork
 from den.baselines.blockdrop import BlockDrop, BlockDropConfig
-from den.baselines.cited import CITED, Cited
 from den.baselines.cross_stitch import CrossStitch, CrossStitchConfig, CrossStitchNetworks
 from den.baselines.independent import Independent, IndependentNetworks
 from den.baselines.nestednet import NestedConfig, NestedNet, NestedNetConfig
@@ -29,11 +28,9 @@ from den.model import DEN
 from den.tasks import Task
 
 __all__ = [
-    "CITED",
     "METHODS",
     "BaselineConfig",
     "BlockDropConfig",
-    "Cited",
     "CrossStitchConfig",
     "Method",
     "NestedConfig",
@@ -86,7 +83,7 @@ def train(
         model: name of the backbone, as `den.create_model` takes it.
         tasks: one or several.
         config: of `METHODS[method].Config`; None: its defaults. Its `out` is the run folder.
-        options: further arguments of `den.create_model`.
+        options: further arguments of `den.create_model`; see `Method` for ratios.
         more: source, about, on_epoch, as of `den.Trainer`.
 
     Returns: the run's summary, task -> policy -> plain numbers.

@@ -101,7 +101,8 @@ class Method(ABC):
         model: name of the backbone, as `den.create_model` takes it.
         tasks: as of `den.Trainer`.
         config: of the method's own `Config`; None: its defaults.
-        options: further arguments of `den.create_model`, such as ratios or image_size.
+        options: further arguments of `den.create_model`, such as image_size. Ratios are what the method makes of them:
+            networks of one width have their own, and a static slim one asks of them alone whether a block may go.
         source, about, on_epoch: as of `den.Trainer`; what `about` leaves out of method, policy and seed is filled in.
 
     Attributes:

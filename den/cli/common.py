@@ -47,16 +47,15 @@ def _message(error: Exception) -> str:
 
 
 @dataclass(frozen=True)
-class Saved:
-    """A trained model and what was saved with it.
+class Origin:
+    """Where the images of a training run came from.
 
-    folder: of the checkpoint.
+    folder: that tells it, of a checkpoint or a run.
     preprocessing: of each task, as `den.tasks.preprocess` takes it.
     source: of each task, the arguments of `den.tasks.load_task`; empty where the model was not trained by `den train`.
     """
 
     folder: Path
-    model: DEN
     preprocessing: dict[str, dict[str, Any]]
     source: dict[str, dict[str, Any]]
 
@@ -68,6 +67,13 @@ class Saved:
                 "den.save(model, folder, meta={'preprocessing': {task.name: task.preprocessing}})"
             )
         return self.preprocessing[task]
+
+
+@dataclass(frozen=True)
+class Saved(Origin):
+    """A trained model, and where the images that it was trained on came from."""
+
+    model: DEN
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -92,7 +98,7 @@ def load_model(path: Path, device: str) -> Saved:
     with user_input():
         model = checkpoint.load(folder, device=pick_device(device))
         meta = checkpoint.load_meta(folder)
-    return Saved(folder, model, meta.get("preprocessing", {}), meta.get("source", {}).get("tasks", {}))
+    return Saved(folder, meta.get("preprocessing", {}), meta.get("source", {}).get("tasks", {}), model)
 
 
 def pick_device(name: str) -> torch.device:
@@ -116,16 +122,16 @@ def pick_tasks(model: DEN, wanted: Sequence[str]) -> list[str]:
     return list(wanted) or list(model.tasks)
 
 
-def read_task(saved: Saved, task: str, given: Mapping[str, Any]) -> Task:
+def read_task(origin: Origin, task: str, given: Mapping[str, Any]) -> Task:
     """The images of a task as the model was trained on them; `given` options replace saved ones. Raises UserError."""
     from den.tasks import load_task
 
-    options = {**saved.source.get(task, {}), **given}
+    options = {**origin.source.get(task, {}), **given}
     if "dataset" not in options:
-        raise UserError(f"{saved.folder} does not say where images of {task!r} are; give --data and --root")
-    preprocessing = saved.preprocessing_of(task)
+        raise UserError(f"{origin.folder} does not say where images of {task!r} are; give --data and --root")
+    preprocessing = origin.preprocessing_of(task)
     options.setdefault("channels", preprocessing["channels"])
-    if "image_size" in given or task not in saved.source:
+    if "image_size" in given or task not in origin.source:
         options["image_size"] = given.get("image_size") or preprocessing["image_size"]
     with user_input():
         loaded = load_task(**options, name=task)

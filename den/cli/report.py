@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from den.cli.common import Saved, UserError, log, print_json, read_task, user_input
+from den.cli.common import Origin, UserError, log, print_json, read_task, user_input
 
 if TYPE_CHECKING:
     from den.results import Run
@@ -75,16 +75,12 @@ class Report:
         read: dict[str, Task] = {}
 
         def task_of(run: Run, name: str) -> Task:
-            saved = Saved(
-                run.path,
-                None,  # type: ignore[arg-type]  # images alone are read
-                run.config.get("preprocessing", {}),
-                run.config.get("source", {}).get("tasks", {}),
-            )
-            key = repr((name, saved.source.get(name), saved.preprocessing.get(name)))
+            source = run.config.get("source", {}).get("tasks", {})
+            origin = Origin(run.path, run.config.get("preprocessing", {}), source)
+            key = repr((name, origin.source.get(name), origin.preprocessing.get(name)))
             if key not in read:
                 try:
-                    read[key] = read_task(saved, name, given)
+                    read[key] = read_task(origin, name, given)
                 except UserError as error:
                     raise ValueError(str(error)) from error
             return read[key]

@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from den.files import write_whole
 from den.report import compare, curves, figures, html, images, models, sheets
 from den.report.groups import Entry, Group, Study, backbone, studies
 from den.report.latency import BATCHES, Latencies, measure
@@ -79,9 +80,7 @@ def build(
 
 def _write(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return path
 
 

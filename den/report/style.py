@@ -6,12 +6,15 @@ by the colour-blind; marks and labels tell the same without colour.
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from den.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -100,9 +103,7 @@ def write(figure: Figure, path: str | os.PathLike[str], title: str, conditions: 
         content = io.BytesIO()
         with matplotlib.rc_context(STYLE):
             figure.savefig(content, format=kind, dpi=150, metadata=metadata)
-        temporary = target.with_name(f".{target.name}.tmp")
-        temporary.write_bytes(content.getvalue())
-        temporary.replace(target)
+        write_whole(target, functools.partial(Path.write_bytes, data=content.getvalue()))
         written.append(target)
     return written
 

@@ -70,9 +70,9 @@ def _fastest(device_type: str, dtype: torch.dtype) -> ModuleType:
         backend = load(name)
         if backend.unavailable() is None and backend.rejects(device, dtype) is None:
             break
+    reason = native.unavailable() or native.rejects(device, dtype)
     # float64 is for checking numbers, not for speed: plain PyTorch is what is meant to run it.
-    if device_type in ("cuda", "cpu") and backend is not native and dtype != torch.float64:
-        reason = native.unavailable() or native.rejects(device, dtype)
+    if device_type in ("cuda", "cpu") and reason and dtype != torch.float64:
         warnings.warn(
             f"den_kernels: using the {backend.NAME!r} backend for {dtype} on {device_type}, because the "
             f"{native.NAME!r} backend cannot be used: {reason}",
