@@ -101,11 +101,14 @@ def evaluate(
     split: str = "test",
     batch_size: int = 256,
     seed: int = 0,
+    budget: float | None = None,
     progress: Callable | None = None,
 ) -> Evaluation:
     """Run a model (a DEN or its frozen form) over a split of a task under a policy: see `choose_level`.
 
-    seed: of the random policy. progress: wraps the batches, such as tqdm. The model's training mode is put back.
+    seed: of the random policy. budget: for the selector of a model that takes one; None: the model's own. progress:
+    wraps the batches, such as tqdm. The model's training mode is put back. Raises ValueError for a budget that the
+    model does not take, or with another policy than "selector".
     """
     device = next(tensor.device for tensor in (*model.parameters(), *model.buffers()))
     source: Any = getattr(model, "source", model)
@@ -116,7 +119,8 @@ def evaluate(
     model.eval()
     for x, y in batches if progress is None else progress(batches):
         level = choose_level(policy, len(x), source, generator)
-        out = model(x, task=task.name, level=None if level is None else level.to(device))
+        told = {} if budget is None else {"budget": budget}
+        out = model(x, task=task.name, level=None if level is None else level.to(device), **told)
         predictions.append(out.logits.argmax(1).cpu())
         labels.append(y.cpu())
         levels.append(out.level.cpu().long())

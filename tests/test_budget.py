@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import den_cases as cases
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import den
-from den.budget import GRID, Conditioning, at_budget
+from den.budget import GRID, Conditioning, RhoControl, at_budget
 from den.config import EstimatorConfig, SelectorConfig, TrainConfig
 from den.losses import path_cost
 
@@ -80,6 +81,37 @@ def test_a_saved_model_keeps_its_budgets(tmp_path: Path) -> None:
     x = images()
     assert torch.equal(loaded(x, budget=0.3).level_probs, model(x, budget=0.3).level_probs)
     assert loaded.selector.condition.default == 0.5
+
+
+def test_rho_rises_while_paths_are_too_dear() -> None:
+    control = RhoControl(0.1, target=0.5, rate=0.05, budgets=False)
+    cheap, dear = torch.full((8,), 0.3), torch.full((8,), 0.7)
+    before = control.rho(None)
+    control.update(dear, None)
+    raised, log_rho = control.rho(None), control.log_rho_K.item()
+    assert raised > before, "rho after a dear step"
+    assert log_rho == pytest.approx(math.log(0.1) + 0.05 * 0.2), "log rho rises by the rate times the excess"
+    for _ in range(20):
+        control.update(cheap, None)
+    assert control.rho(None) < before, "rho after many cheap steps"
+
+
+def test_rho_moves_at_the_budgets_that_were_seen() -> None:
+    control = RhoControl(0.1, target=None, rate=0.05, budgets=True)
+    before_K = control.log_rho_K.clone()
+    control.update(torch.tensor([0.5, 0.5]), torch.tensor([0.2, 0.8]))  # dear for the one, cheap for the other
+    moved_K = control.log_rho_K - before_K
+    expected_K = torch.zeros_like(moved_K)
+    expected_K[2], expected_K[8] = 0.05 * 0.3, -0.05 * 0.3
+    torch.testing.assert_close(moved_K, expected_K)
+    rho_N = control.rho(torch.tensor([0.2, 0.8]))
+    assert rho_N[0] > 0.1 > rho_N[1], "rho at each budget"
+
+
+def test_a_fixed_rho_stays() -> None:
+    control = RhoControl(0.1, target=None, rate=0.05, budgets=False)
+    control.update(torch.ones(4), None)
+    assert control.rho(None) == 0.1
 
 
 @pytest.mark.parametrize(

@@ -197,6 +197,36 @@ def test_eval_of_given_paths(capsys, run):
     assert text.splitlines()[2].split()[:3] == ["cifar10", "0-3-1", "20"]
 
 
+@pytest.fixture(scope="session")
+def budget_run(cifar10, tmp_path_factory) -> Path:
+    """A run whose selector is told its budget."""
+    folder = tmp_path_factory.mktemp("runs") / "budget"
+    arguments = ["train", "--data", "cifar10", "--root", str(cifar10), "--out", str(folder), *QUICK]
+    assert main([*arguments, "--budget", "0.5"]) == 0
+    return folder
+
+
+def test_eval_and_predict_at_budgets(capsys, budget_run, pictures):
+    own = json.loads(output(capsys, "eval", budget_run, "--json"))["tasks"]["cifar10"]["selector"]
+    told = json.loads(output(capsys, "eval", budget_run, "--budget", 0.05, 0.5, 1, "--json"))["tasks"]["cifar10"]
+    assert list(told) == ["selector at 0.05", "selector at 0.5", "selector at 1", "random", "full"]
+    assert told["selector at 0.5"] == own, "the model's own budget"
+    assert told["selector at 0.05"]["cost_mean"] < told["selector at 1"]["cost_mean"], "costs follow the budget"
+    frozen = den.freeze(den.load(budget_run / "checkpoint"))
+    lines = output(capsys, "predict", budget_run, pictures / "a.png", "--budget", 0.05, "--json").splitlines()
+    preprocessing = json.loads((budget_run / "config.json").read_text())["preprocessing"]["cifar10"]
+    x = den.tasks.preprocess([pictures / "a.png"], preprocessing)
+    expected = frozen(x, budget=0.05).level[0].tolist()
+    assert json.loads(lines[0])["path"] == "-".join(map(str, expected)), "path at the budget"
+
+
+def test_bad_budgets(capsys, run, budget_run, pictures):
+    assert "selector takes none; train one with --budget" in failure(capsys, "eval", run, "--budget", "0.5")
+    assert "selector takes none" in failure(capsys, "predict", run, pictures, "--budget", "0.5")
+    assert "budget is 1.5; it must be above 0" in failure(capsys, "eval", budget_run, "--budget", "1.5")
+    assert "policy is full" in failure(capsys, "eval", budget_run, "--policy", "full", "--budget", "0.5")
+
+
 def test_eval_of_another_folder_with_the_same_classes(capsys, run, tmp_path):
     rng = np.random.default_rng(2)
     for split in ("train", "test"):

@@ -154,6 +154,15 @@ def data_source(entry: str, root: Path | None) -> dict[str, Any]:
     return {"dataset": name, "root": None if folder is None else str(folder.absolute())}
 
 
+def check_budget(budget: float, model: DEN) -> float:
+    """The budget, if the model's selector takes it. Raises UserError."""
+    if not model.takes_budget:
+        raise UserError(f"budget is {budget:g}, but the model's selector takes none; train one with --budget")
+    if not 0 < budget <= 1:
+        raise UserError(f"budget is {budget:g}; it must be above 0 and at most 1, a share of the full cost")
+    return budget
+
+
 def parse_path(text: str, num_blocks: int, num_levels: int) -> list[int]:
     """Levels [B] of a path such as 0-3-1-2; one number stands for every block. Raises UserError."""
     parts = text.split("-")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from den.cli.common import (
     Saved,
     UserError,
+    check_budget,
     data_source,
     load_model,
     parse_path,
@@ -19,6 +20,10 @@ from den.cli.common import (
     read_task,
     user_input,
 )
+
+if TYPE_CHECKING:
+    from den.metrics import Policy
+    from den.model import DEN
 
 NAMED = ("selector", "random", "full")
 
@@ -37,6 +42,8 @@ class Eval:
     policy: Annotated[tuple[str, ...], tyro.conf.arg(metavar="POLICY [POLICY ...]")] = NAMED
     """Who chooses the levels: selector; random (every level alike); full (the top level everywhere); or levels, such
     as 2 for every block or 0-3-1-2 for a path."""
+    budget: Annotated[tuple[float, ...], tyro.conf.arg(metavar="FLOAT [FLOAT ...]")] = ()
+    """Mean costs that the selector is to keep to, for a model trained with a budget: a row each. None: its own."""
     split: Literal["test", "train", "val"] = "test"
     """Images to evaluate on."""
     data: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
@@ -68,10 +75,7 @@ class Eval:
         saved = load_model(self.checkpoint, self.device)
         model = saved.model
         names = pick_tasks(model, self.task)
-        policies = {
-            text: text if text in NAMED else parse_path(text, model.num_blocks, model.num_levels)
-            for text in self.policy
-        }
+        policies = self._policies(model)
         with user_input():
             frozen = freeze(model, backend=self.backend)
         results: dict[str, dict[str, Any]] = {}
@@ -79,10 +83,11 @@ class Eval:
             task = read_task(saved, name, self._given(saved, names))
             with user_input():
                 task.split(self.split)
-            for text, policy in policies.items():
+            for text, (policy, budget) in policies.items():
                 label = f"{name}, {text}"
                 evaluation = evaluate(
                     frozen, task, policy=policy, split=self.split, batch_size=self.batch_size, seed=self.seed,
+                    budget=budget,
                     progress=lambda batches, label=label: tqdm(batches, desc=label, leave=False, disable=None),
                 )  # fmt: skip
                 results.setdefault(name, {})[text] = evaluation.summary()
@@ -90,6 +95,21 @@ class Eval:
             print_json({"checkpoint": str(saved.folder), "split": self.split, "tasks": results})
         else:
             print(evaluation_table(results))
+
+    def _policies(self, model: DEN) -> dict[str, tuple[Policy, float | None]]:
+        """What is to be evaluated by its name, and the budget of a selector that is told one."""
+        if self.budget and "selector" not in self.policy:
+            raise UserError(f"budget is for the selector, but policy is {' '.join(self.policy)}")
+        policies: dict[str, tuple[Policy, float | None]] = {}
+        for text in self.policy:
+            if text != "selector":
+                policy = text if text in NAMED else parse_path(text, model.num_blocks, model.num_levels)
+                policies[text] = policy, None
+                continue
+            for budget in self.budget or (None,):
+                name = text if budget is None else f"{text} at {check_budget(budget, model):g}"
+                policies[name] = text, budget
+        return policies
 
     def _given(self, saved: Saved, names: list[str]) -> dict[str, Any]:
         given: dict[str, Any] = {}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from den.cli.common import Saved, UserError, load_model, print_json, user_input
+from den.cli.common import Saved, UserError, check_budget, load_model, print_json, user_input
 
 if TYPE_CHECKING:
     from den.freeze import FrozenDEN
@@ -26,6 +26,8 @@ class Predict:
     """Image files, and folders to search for image files."""
     task: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """Task whose classes are meant; may be left out if the model has one."""
+    budget: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    """Mean cost that the selector is to keep to, for a model trained with a budget; None: its own."""
     batch_size: int = 64
     """Images in a batch."""
     device: str = "auto"
@@ -47,6 +49,8 @@ class Predict:
 
         files = self._files()
         saved = load_model(self.checkpoint, self.device)
+        if self.budget is not None:
+            check_budget(self.budget, saved.model)
         with user_input():
             task = check_task(self.task, saved.model.tasks)
             frozen = freeze(saved.model, backend=self.backend)
@@ -93,7 +97,7 @@ class Predict:
             batch = files[start : start + self.batch_size]
             with user_input():
                 x = preprocess(batch, preprocessing)
-            out = frozen(x.to(frozen.device), task=task)
+            out = frozen(x.to(frozen.device), task=task, budget=self.budget)
             best = out.logits.float().softmax(1).max(1)
             level = out.level.cpu()
             columns = (best.values.tolist(), best.indices.tolist(), level.tolist())
