@@ -240,6 +240,32 @@ private:
     std::vector<std::int64_t> values_;  // of each packed weight
 };
 
+// A convolution with packed weights, a scale and shift by level and perhaps a ReLU. addresses: x, out, level, order,
+// in_widths, out_widths, weight, scale, shift. sizes: samples, input channels, height, width, output channels, levels, kernel,
+// stride, groups. values: of the packed weight.
+void fused_conv2d(const std::string& dtype, const Addresses& a, const Ints& sizes, std::int64_t values, bool relu, int threads) {
+    if (a.size() != 9 || sizes.size() != 9) fail("a fused convolution takes 9 addresses and 9 sizes");
+    den::ResidualBlock block{};
+    block.x = at<const void>(a[0]), block.out = at<void>(a[1]);
+    block.level = at<const int>(a[2]), block.order = at<const int>(a[3]);
+    block.in_widths = at<const int>(a[4]), block.out_widths = block.widths = at<const int>(a[5]);
+    block.samples = sizes[0], block.channels = sizes[1], block.height = sizes[2], block.width = sizes[3];
+    block.levels = sizes[5];
+    den::BlockConv conv{at<const void>(a[6]), at<const float>(a[7]), at<const float>(a[8]), sizes[4], sizes[6], sizes[7], sizes[8], 0};
+    conv.winograd = packed_as(dtype, values, 0, block.channels, conv);
+    block.convs = {conv};
+    block.relu = relu;
+    block.threads = threads;
+    block.shortcut = false;
+    check_widths("in_widths", block.in_widths, block.levels, block.channels, conv.groups);
+    check_block(block, conv.out_channels);
+    for (int l = 0; l < block.levels; ++l)
+        if (block.in_widths[l] == 0 || block.out_widths[l] == 0)
+            fail(entry(block.in_widths[l] ? "out_widths" : "in_widths", l) + " is 0; a convolution without a shortcut has none");
+    py::gil_scoped_release release;
+    with_element(dtype, [&](auto element) { den::residual_block<decltype(element)>(block); });
+}
+
 void conv2d(const std::string& dtype, std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias,
             std::uintptr_t residual, std::uintptr_t out, std::uintptr_t in_width, std::uintptr_t out_width,
             const Ints& sizes, const Ints& window, int threads) {
@@ -337,6 +363,7 @@ PYBIND11_MODULE(_cpu, m) {
              py::arg("dtype"), py::arg("addresses"), py::arg("spec"))
         .def_property_readonly("blocks", &Chain::blocks)
         .def("run", &Chain::run);
+    m.def("fused_conv2d", &fused_conv2d);
     m.def("conv2d_backward", &conv2d_backward);
     m.def("batch_norm", &batch_norm);
     m.def("batch_norm_backward", &batch_norm_backward);

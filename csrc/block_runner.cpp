@@ -23,6 +23,12 @@ std::vector<int> even_cuts(const std::vector<WinogradTile<T>>& tiles, int pieces
     return cuts;
 }
 
+// Whether any of these numbers of channels ends inside a word.
+template <class T>
+bool has_half_words(const int* widths, int levels) {
+    return widths && std::any_of(widths, widths + levels, [](int width) { return width % kWord<T> != 0; });
+}
+
 }  // namespace
 
 template <class T>
@@ -35,7 +41,8 @@ BlockRunner<T>::BlockRunner(const ResidualBlock& block) : block_(block), kernels
         const Pair slack = m ? WinogradTiling<T>(m, shape).slack() : Pair{0, 0};
         if (maps_.empty())
             reads_x_ = conv.kernel == 1 && conv.stride == 1 && conv.groups == 1 && !block.pre_scale &&
-                       channels % kWord<T> == 0 && !(block.projection.weight && block.x == block.out);
+                       channels % kWord<T> == 0 && !(block.projection.weight && block.x == block.out) &&
+                       !has_half_words<T>(block.in_widths, block.levels);
         maps_.emplace_back(shape, slack);
         map_at_.push_back(workspace_floats_);
         // A multiple of a cache line, like all that follows.
@@ -58,7 +65,8 @@ BlockRunner<T>::BlockRunner(const ResidualBlock& block) : block_(block), kernels
         bench_floats_ = std::max(bench_floats_, projection_[0].floats() + 2 * scale_floats(block.projection));
     }
     // Of equal shapes the shortcut is x itself (a strided block of a map of one pixel too).
-    plain_shortcut_ = projection_.empty() && height == block.height && width == block.width && channels == block.channels;
+    plain_shortcut_ = block.shortcut && projection_.empty() && height == block.height && width == block.width &&
+                      channels == block.channels;
 }
 
 template <class T>
@@ -96,7 +104,7 @@ void BlockRunner<T>::load_scales(float* workspace, int n) const {
 
 template <class T>
 void BlockRunner<T>::load_rows(const BasicBlockedMap<T>& map, T* to, int n, int row0, int row1, bool norm) const {
-    BasicMapLoad<T> load = map.load(to, x(n), block_.channels, block_.channels);
+    BasicMapLoad<T> load = map.load(to, x(n), block_.channels, active_in(0, n));
     if (norm) load.mul = block_.pre_scale, load.add = block_.pre_shift;
     kernels_.load(load, row0, row1);
 }
@@ -111,6 +119,19 @@ void BlockRunner<T>::shortcut(int n, int row0, int row1, float* bench) const {
     } else {
         project(n, row0, row1, bench);
     }
+}
+
+template <class T>
+void BlockRunner<T>::prepare_output(int n, int row0, int row1, float* bench) const {
+    if (block_.shortcut) {
+        if (!plain_shortcut_) shortcut(n, row0, row1, bench);
+        return;
+    }
+    const int made = active_out(convs() - 1, n);
+    if (made == out_channels_) return;
+    T* pixel = out(n) + std::ptrdiff_t(row0) * out_width_ * out_channels_;
+    for (int i = (row1 - row0) * out_width_; i > 0; --i, pixel += out_channels_)
+        std::fill_n(pixel + made, out_channels_ - made, T{});
 }
 
 template <class T>
@@ -169,7 +190,7 @@ void BlockRunner<T>::prepare_part(float* workspace, int n, int part, int parts, 
     }
     if (!reads_x())
         load_rows(maps_[0], map(workspace, 0), n, block_.height * part / parts, block_.height * (part + 1) / parts, true);
-    if (!plain_shortcut_) shortcut(n, out_height_ * part / parts, out_height_ * (part + 1) / parts, bench);
+    prepare_output(n, out_height_ * part / parts, out_height_ * (part + 1) / parts, bench);
 }
 
 // Convolution i of sample n: into the next map, or into the output with the shortcut added.
@@ -196,8 +217,7 @@ void BlockRunner<T>::conv(float* workspace, int i, int n, int unit0, int unit1, 
     } else {
         pass.relu = block_.relu;
         pass.out = out(n);
-        // A shortcut of another shape was put into the output before.
-        pass.residual = plain_shortcut_ ? x(n) : pass.out;
+        pass.residual = residual(n);
         pass.out_row = std::ptrdiff_t(out_width_) * out_channels_;
         pass.out_block = kMapBlock<T>;
         pass.out_col = out_columns_.data();
@@ -228,7 +248,7 @@ std::vector<WinogradTile<T>> BlockRunner<T>::tiles(int i, int group, float* work
             tile.out = maps_[i + 1].image(map(workspace, i + 1)) + first_out / kMapBlock<T> * maps_[i + 1].block_pitch();
         } else {
             tile.out = out(n) + first_out;
-            tile.residual = plain_shortcut_ ? x(n) + first_out : tile.out;
+            tile.residual = block_.shortcut ? residual(n) + first_out : nullptr;
         }
         tile.active_in = conv.groups == 1 ? active_in(i, n) : shape.group_in();
         tile.active_out = conv.groups == 1 ? active_out(i, n) : shape.group_out();
@@ -271,7 +291,7 @@ void BlockRunner<T>::run_team(float* workspaces, const int* samples, int count, 
         float* workspace = workspaces + s * workspace_floats_;
         load_scales(workspace, samples[s]);
         if (!reads_x()) load_rows(maps_[0], map(workspace, 0), samples[s], 0, block_.height, true);
-        if (!plain_shortcut_) shortcut(samples[s], 0, out_height_, bench);
+        prepare_output(samples[s], 0, out_height_, bench);
     }
     for (int i = 0; i < convs(); ++i) {
         if (!is_winograd(i)) {

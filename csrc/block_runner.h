@@ -25,6 +25,8 @@ public:
     std::size_t bench_floats() const { return bench_floats_; }
     int convs() const { return int(maps_.size()); }
     int hidden(int n) const { return block_.widths[block_.level[n]]; }
+    // Whether sample n runs any convolution.
+    bool is_active(int n) const { return !block_.shortcut || hidden(n) > 0; }
     bool shortcut_is_output() const { return plain_shortcut_ && block_.out == block_.x; }
     int out_height() const { return out_height_; }
     // Samples that one thread computes together, so that the weights in its cache serve enough tiles.
@@ -64,10 +66,16 @@ private:
     // Whether the first convolution reads the input itself, not a padded copy: a 1x1 that nothing stands before, of an
     // input that the shortcut does not overwrite.
     bool reads_x() const { return reads_x_; }
-    int active_in(int i, int n) const { return i == 0 ? block_.channels : hidden(n); }
-    int active_out(int i, int n) const { return i + 1 == convs() ? out_channels_ : hidden(n); }
+    int active_in(int i, int n) const { return i ? hidden(n) : block_.in_widths ? block_.in_widths[block_.level[n]] : block_.channels; }
+    int active_out(int i, int n) const {
+        return i + 1 < convs() ? hidden(n) : block_.out_widths ? block_.out_widths[block_.level[n]] : out_channels_;
+    }
+    // What sample n's last convolution adds to: x, or the shortcut that was put into the output before.
+    const T* residual(int n) const { return !block_.shortcut ? nullptr : plain_shortcut_ ? x(n) : out(n); }
     WinogradTiling<T> tiling(int i) const { return {block_.convs[i].winograd, maps_[i].conv()}; }
 
+    // Output rows as the last convolution is to find them.
+    void prepare_output(int n, int row0, int row1, float* bench) const;
     void load_scales(float* workspace, int n) const;
     // Rows of sample n into a map, through the norm in front if `norm`.
     void load_rows(const BasicBlockedMap<T>& map, T* to, int n, int row0, int row1, bool norm) const;

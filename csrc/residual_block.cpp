@@ -11,7 +11,7 @@ namespace {
 
 // Whether the block leaves its map as it is: in place, every sample at width 0.
 bool is_identity(const ResidualBlock& block) {
-    if (block.x != block.out || block.projection.weight) return false;
+    if (block.x != block.out || block.projection.weight || !block.shortcut) return false;
     for (const BlockConv& conv : block.convs)
         if (conv.stride != 1) return false;
     return std::all_of(block.level, block.level + block.samples, [&](int level) { return block.widths[level] == 0; });
@@ -26,7 +26,7 @@ void residual_block(const ResidualBlock& block) {
     std::vector<int> active, idle;
     for (int i = 0; i < block.samples; ++i) {
         const int n = block.order[i];
-        (run.hidden(n) > 0 ? active : idle).push_back(n);
+        (run.is_active(n) ? active : idle).push_back(n);
     }
     if (run.shortcut_is_output()) idle.clear();
     const int idles = int(idle.size());

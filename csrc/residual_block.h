@@ -1,4 +1,4 @@
-// A whole residual block in one call, for inference.
+// A whole residual block, or a convolution with what stands behind it, in one call, for inference.
 #pragma once
 
 #include <vector>
@@ -31,6 +31,11 @@ struct ResidualBlock {
     const float* pre_shift;
     bool relu;
     int threads;
+    // A single convolution without a shortcut: out = conv(x), relu behind it. Input channels read and output channels made
+    // at each level, [levels], above 0; those beyond are not read, and made 0.
+    bool shortcut = true;
+    const int* in_widths = nullptr;
+    const int* out_widths = nullptr;
 };
 
 // T: float or bf16, the elements of maps and of weights packed for direct convolution.

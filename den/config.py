@@ -46,7 +46,9 @@ class EstimatorConfig:
     levels: Literal["sample", "argmax"] = "sample"
     """Later stages: paths sampled from the selector (the paper) or its argmax (the authors' code)."""
     settle_epochs: int = 0
-    """Epochs on the final selector's paths, after the last stage. 0 is the paper, which ends on a selector phase."""
+    """Epochs after the last stage on the final selector's paths as they will run: its argmax. They gain, the paths not
+    chosen lose; with `sandwich` the full path, which teaches them, does not. 0 is the paper, which ends on a selector
+    phase."""
     full_share: float = 0.0
     """Later stages: share of each batch kept at the full path; equation 8's reason, held on to. 0 is the paper."""
     full_epochs: int = 0
@@ -55,8 +57,9 @@ class EstimatorConfig:
     warmup_epochs: int = 0
     """First epochs of the first stage in which the rate rises from 0: for large rates and batches. 0 is the paper."""
     sandwich: bool = False
-    """Each step trains the full path on the labels, and one more path of each image (smallest, random or drawn) on
-    what the full path says: the sandwich rule with in-place distillation (Yu and Huang 2019). False is the paper."""
+    """Each step trains the full path on the labels, and one more path of each image (smallest, random or drawn; while
+    settling, the chosen one) on what the full path says: the sandwich rule with in-place distillation (Yu and Huang
+    2019). False is the paper."""
     label_smoothing: float = 0.0
     """Share of the label spread over all classes (Szegedy et al. 2016). 0 is the paper."""
     rare_boost: float = 0.0

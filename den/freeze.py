@@ -159,6 +159,8 @@ class Trunk:
 
     def __init__(self, blocks: Iterable[nn.Module]):
         self.steps: list[tuple[int, dk.FusedChain | nn.Module]] = []  # the first block of each
+        blocks = list(blocks)
+        dk.gather_weights(blocks)
         groups = itertools.groupby(enumerate(blocks), lambda item: isinstance(item[1], dk.FusedResidualBlock))
         for fused, group in groups:
             members = list(group)

@@ -66,13 +66,16 @@ class EstimatorTraining:
         for part in parts(batches):
             level_NB = self._levels(stage, part.x)
             if self.settings.sandwich:
-                level_NB = self._mixed(level_NB)
+                level_NB = level_NB if self._settles(stage) else self._mixed(level_NB)
                 losses.update(self._sandwich(part, level_NB, means))
             else:
                 logits = self.estimator(part.x, level_NB, part.names)
                 losses.update(self._cross_entropy(part, logits, means))
             self._count(part, level_NB, means)
         return self.weighting(losses)
+
+    def _settles(self, stage: int) -> bool:
+        return stage == self.config.stages
 
     def _cross_entropy(self, part: Part, logits: tuple[Tensor, ...], means: Means) -> dict[str, Tensor]:
         for l, y in zip(logits, part.labels, strict=True):
@@ -108,7 +111,8 @@ class EstimatorTraining:
             drawn = initial_levels(everywhere, blocks, top + 1, self.config.tau, generator)
             return self.loop.mine(drawn).to(x.device)
         logits = self.loop.of_all(self._logits(x))
-        level_NB = logits.argmax(2) if settings.levels == "argmax" else sample_levels(logits, 1, 0.0, generator)[0]
+        as_it_runs = settings.levels == "argmax" or self._settles(stage)
+        level_NB = logits.argmax(2) if as_it_runs else sample_levels(logits, 1, 0.0, generator)[0]
         if settings.full_share and stage:
             keep = torch.rand((everywhere, 1), generator=generator) < settings.full_share
             level_NB = torch.where(keep.to(x.device), top, level_NB)

@@ -8,6 +8,7 @@ from den_kernels import reference
 from den_kernels.backends import available_backends
 from den_kernels.functional import den_conv2d, plan_levels
 from den_kernels.fused import FusedChain, FusedResidualBlock
+from den_kernels.fused_conv import FusedConv2d, gather_weights
 from den_kernels.modules import DENBatchNorm2d, DENConv2d, DENLinear
 from den_kernels.plan import LevelPlan
 from den_kernels.sync import SyncBatchNorm2d, sync_batch_norm
@@ -19,11 +20,13 @@ __all__ = [
     "DENConv2d",
     "DENLinear",
     "FusedChain",
+    "FusedConv2d",
     "FusedResidualBlock",
     "LevelPlan",
     "SyncBatchNorm2d",
     "available_backends",
     "den_conv2d",
+    "gather_weights",
     "plan_levels",
     "reference",
     "sync_batch_norm",

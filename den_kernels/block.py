@@ -86,6 +86,13 @@ def unflatten(tensors: Sequence[Tensor], spec: Sequence[int]) -> list[BlockArgum
     return blocks
 
 
+def batch_class(tile_bounds: Sequence[int], shape: Sequence[int], stride: int) -> int:
+    """Which form of its weights a layer of this stride takes for a batch [N, C, H, W]; see `den_kernels.backends`."""
+    step = 4 * stride
+    tiles = shape[0] * -(-shape[2] // step) * -(-shape[3] // step)
+    return sum(tiles < bound for bound in tile_bounds)
+
+
 def output_shape(shape: Sequence[int], channels: int, stride: Sequence[int]) -> tuple[int, int, int, int]:
     """[N, C, H, W] behind a block of these output channels and strides that reads a map of this shape."""
     step = math.prod(stride)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from den_kernels import ops as _ops  # noqa: F401  (registers torch.ops.den_kernels)
 from den_kernels.backends import load, resolve
-from den_kernels.block import BlockArguments, flatten
+from den_kernels.block import BlockArguments, batch_class, flatten
 from den_kernels.plan import LevelPlan
 
 
@@ -108,9 +108,7 @@ class FusedResidualBlock(nn.Module):
 
     def batch_class(self, shape: Sequence[int]) -> int:
         """Which form of the weights a batch [N, C, H, W] takes; see `den_kernels.backends`."""
-        step = 4 * math.prod(self.strides)
-        tiles = shape[0] * -(-shape[2] // step) * -(-shape[3] // step)
-        return sum(tiles < bound for bound in self._tile_bounds)
+        return batch_class(self._tile_bounds, shape, math.prod(self.strides))
 
     def arguments(self, set_index: int = 0, batch_class: int = 0) -> BlockArguments:
         """The operator's arguments behind the plan, for one set; kept, because slicing costs more than the call."""

@@ -53,6 +53,10 @@ _BLOCK = (
     "Tensor? pre_scale, Tensor? pre_shift, int[] kernel_size, int[] stride, int[] groups, "
     "Tensor[] projection, bool relu, str backend"
 )
+_LIBRARY.define(
+    "fused_conv2d(Tensor x, Tensor level, Tensor order, Tensor in_widths, Tensor out_widths, Tensor weight, "
+    "Tensor scale, Tensor shift, int kernel_size, int stride, int groups, bool relu, str backend) -> Tensor"
+)
 _LIBRARY.define(f"residual_block(Tensor x, {_BLOCK}) -> Tensor")
 _LIBRARY.define(f"residual_block_(Tensor(a!) x, {_BLOCK}) -> ()")
 _LIBRARY.define(
@@ -228,7 +232,21 @@ def _plan_fake(level, num_levels):
     return level_BN, order_BN, level.new_empty((b, num_levels), dtype=torch.int32)
 
 
-# The fused residual block
+# The fused convolution and the fused residual block
+
+
+def _fused_conv2d(x, level, order, in_widths, out_widths, weight, scale, *rest) -> Tensor:
+    *form, backend = rest
+    out = _fused_conv2d_fake(x, level, order, in_widths, out_widths, weight, scale, *rest)
+    if x.shape[0]:
+        run = resolve(backend, x.device, x.dtype).fused_conv2d
+        run(x, out, level, order, in_widths, out_widths, weight, scale, *form)
+    return out
+
+
+def _fused_conv2d_fake(x, level, order, in_widths, out_widths, weight, scale, shift, kernel_size, stride, *rest):
+    shape = output_shape(x.shape, scale.shape[1], (stride,))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _residual_block(x, level, order, count, widths, weight, scale, shift, *rest) -> Tensor:
@@ -275,6 +293,7 @@ for _name, _run, _fake in (
     ("batch_norm", _batch_norm, _batch_norm_fake),
     ("batch_norm_backward", _batch_norm_backward, _batch_norm_backward_fake),
     ("plan", _plan, _plan_fake),
+    ("fused_conv2d", _fused_conv2d, _fused_conv2d_fake),
     ("residual_block", _residual_block, _residual_block_fake),
     ("residual_block_", _residual_block_in_place, _residual_block_in_place_fake),
     ("residual_chain", _residual_chain, _residual_chain_fake),
@@ -293,9 +312,8 @@ for _name, _gradient, _context in (
 # tracing)
 
 
-def _pairs(x: Tensor, weight: Tensor, in_width: Tensor | None, out_width: Tensor | None, groups: int) -> int:
+def _pairs(n: int, channels: int, outputs: int, in_width: Tensor | None, out_width: Tensor | None, groups: int) -> int:
     """Sum over the samples of (input channel, output channel) pairs that their convolution multiplies."""
-    n, channels, outputs = x.shape[0], x.shape[1], weight.shape[0]
     known = all(w is None or type(w) is Tensor for w in (in_width, out_width))
     if not known or (in_width is None and out_width is None):
         return n * channels * outputs // groups
@@ -309,7 +327,7 @@ def _pairs(x: Tensor, weight: Tensor, in_width: Tensor | None, out_width: Tensor
 
 def _macs(x: Tensor, weight: Tensor, in_width, out_width, stride, padding, dilation, groups: int) -> int:
     taps = math.prod(_output_shape(x, weight, stride, padding, dilation)[2:]) * math.prod(weight.shape[2:])
-    return taps * _pairs(x, weight, in_width, out_width, groups)
+    return taps * _pairs(x.shape[0], x.shape[1], weight.shape[0], in_width, out_width, groups)
 
 
 @register_flop_formula(torch.ops.den_kernels.conv2d, get_raw=True)
@@ -327,6 +345,17 @@ def _conv2d_backward_flop(
     grad, x, weight, in_width, out_width, stride, padding, dilation, groups, output_mask, backend, **_
 ) -> int:
     return 2 * sum(output_mask[:2]) * _macs(x, weight, in_width, out_width, stride, padding, dilation, groups)
+
+
+@register_flop_formula(torch.ops.den_kernels.fused_conv2d, get_raw=True)
+def _fused_conv2d_flop(
+    x, level, order, in_widths, out_widths, weight, scale, shift, kernel_size, stride, groups, *rest, **_
+) -> int:
+    n, inputs, outputs = x.shape[0], x.shape[1], scale.shape[1]
+    pixels = math.prod(output_shape(x.shape, outputs, (stride,))[2:])
+    known = type(level) is Tensor and type(in_widths) is Tensor
+    read_N, made_N = (w.cpu()[level.cpu().long()] if known else None for w in (in_widths, out_widths))
+    return 2 * pixels * kernel_size**2 * _pairs(n, inputs, outputs, read_N, made_N, groups)
 
 
 @register_flop_formula([torch.ops.den_kernels.residual_block, torch.ops.den_kernels.residual_block_], get_raw=True)

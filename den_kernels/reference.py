@@ -98,6 +98,35 @@ def shortcut(x: Tensor, channels: int, stride: int) -> Tensor:
     return x
 
 
+def fused_conv2d(
+    x: Tensor,
+    level: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    in_widths: Sequence[int],
+    out_widths: Sequence[int],
+    stride: int = 1,
+    groups: int = 1,
+    relu: bool = False,
+) -> Tensor:
+    """Inference of a convolution and the folded norm behind it, each sample at its own level.
+
+    x [N, C, H, W]; level integer [N]; weight [O, I / groups, k, k] with k odd, padded by k // 2; scale, shift [L, O];
+    in_widths, out_widths: of each level. What lies beyond an output width is 0.
+    """
+    read, made = (torch.tensor(list(widths), device=x.device)[level.long()] for widths in (in_widths, out_widths))
+    padding = weight.shape[2] // 2
+    y = den_conv2d(
+        x, weight, in_width=read, out_width=made, stride=stride, padding=padding, groups=groups
+    )  # fmt: skip
+    y = y * scale[level.long(), :, None, None] + shift[level.long(), :, None, None]
+    y = F.relu(y) if relu else y
+    inside_NC = torch.arange(weight.shape[0], device=x.device) < made[:, None]
+    return torch.where(inside_NC[:, :, None, None], y, 0).to(x.dtype)
+
+
 def residual_block(
     x: Tensor,
     level: Tensor,

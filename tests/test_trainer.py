@@ -79,6 +79,29 @@ def test_estimator_settles_after_the_last_stage(digits: Task, tmp_path: Path) ->
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == len(records)
 
 
+@pytest.mark.parametrize("sandwich", [False, True])
+def test_settling_is_on_the_chosen_paths(digits: Task, tmp_path: Path, monkeypatch, sandwich: bool) -> None:
+    config = small_config(tmp_path, stages=1)
+    config.estimator = replace(config.estimator, settle_epochs=1, full_share=0.0, sandwich=sandwich)
+    trainer, taken = Trainer(model := small_model(), [digits], config), []
+    forward = model.estimator.forward
+
+    def recorded(x, level_NB, *rest):
+        if trainer.loop.position.phase == len(trainer.phases()) - 1 and model.estimator.training:
+            n = len(x) // 2 if sandwich else len(x)
+            assert (level_NB[: len(x) - n] == model.num_levels - 1).all(), (
+                "the other half of a sandwich is the full path"
+            )
+            taken.append((level_NB[-n:], model.selector(x[-n:]).argmax(2)))
+        return forward(x, level_NB, *rest)
+
+    monkeypatch.setattr(model.estimator, "forward", recorded)
+    trainer.fit()
+    assert taken, "no step of the settling phase was seen"
+    for level_NB, chosen_NB in taken:
+        assert torch.equal(level_NB, chosen_NB), "an image that settles took another path than its selector's"
+
+
 def with_options(out: Path, **changes) -> TrainConfig:
     """Every option that has a state of its own or draws at random."""
     config = small_config(out, weighting="uncertainty", dual_rate=1.0, **changes)

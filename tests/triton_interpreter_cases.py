@@ -125,6 +125,38 @@ def test_conv2d_does_not_depend_on_batch_mates():
     assert torch.equal(run(torch.arange(4))[other], run(other))
 
 
+# in, out, kernel, stride, groups, widths read and made
+FUSED_CONVS = {
+    "3x3": (20, 40, 3, 1, 1, (5, 20, 20), (13, 13, 40)),
+    "aligned": (32, 32, 3, 1, 1, (8, 16, 32), (16, 32, 32)),
+    "1x1": (48, 17, 1, 1, 1, (1, 33, 48), (17, 17, 17)),
+    "stride 2": (16, 24, 3, 2, 1, (16, 16, 16), (4, 8, 24)),
+    "groups": (24, 48, 3, 1, 2, (12, 12, 24), (24, 24, 48)),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("name", FUSED_CONVS)
+def test_fused_conv2d(name, dtype):
+    c, o, kernel, stride, groups, read, made = FUSED_CONVS[name]
+    level = torch.tensor([2, 0, 1, 1], dtype=torch.int32)
+    x = _poison(_map(4, c, 7, 5, dtype), torch.tensor(read)[level.long()])
+    weight = _random(o, c // groups, kernel, kernel, dtype=dtype) / 8
+    scale, shift = _random(3, o), _random(3, o, seed=1)
+    inside = torch.arange(o) < torch.tensor(made)[:, None]
+    size = [-(-side // stride) for side in (7, 5)]
+    out = torch.empty(4, o, *size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    widths = [torch.tensor(values, dtype=torch.int32) for values in (read, made)]
+    tables = scale * inside, shift * inside
+    packed = backend.pack_weight(weight, groups)
+    backend.fused_conv2d(x, out, level, level, *widths, packed, *tables, kernel, stride, groups, True)
+    options = {"in_widths": read, "out_widths": made, "stride": stride, "groups": groups, "relu": True}
+    want = reference.fused_conv2d(x.double(), level, weight.double(), scale.double(), shift.double(), **options)
+    _close(out, want, dtype)
+    for n, l in enumerate(level.tolist()):
+        assert (out[n, made[l] :] == 0).all()
+
+
 # in, hidden, out, kernels, strides, groups, widths
 BLOCKS = {
     "basic": (16, 32, 16, (3, 3), (1, 1), (1, 1), (0, 8, 16, 32)),

@@ -14,13 +14,10 @@ import den_kernels as dk
 from den.blocks.base import Block, check_has_channels, conv_out
 from den.blocks.forms import (
     FreezeOptions,
-    FrozenNorm,
     fold,
     freeze_block,
     plain_block,
     plain_conv,
-    register_conv,
-    register_folded,
     tables,
 )
 from den.hierarchy import Hierarchy
@@ -102,19 +99,15 @@ def pool(x: Tensor, wanted: bool) -> Tensor:
 
 
 class FrozenConvPair(nn.Module):
-    """A `ConvPairBlock` with its first norm folded into the weights and its second a scale and shift by level."""
-
-    level_width: Tensor
-    weight: Tensor
+    """A `ConvPairBlock` as two fused convolutions."""
 
     def __init__(self, block: ConvPairBlock, options: FreezeOptions):
         super().__init__()
-        dtype = options.dtype
-        self.pools, self.backend = block.pools, options.backend
-        self.convs = register_folded(self, "", block.conv1.weight, block.norm1, dtype)
-        register_conv(self, "", block.conv2.weight.detach(), None, dtype)
-        self.norm = FrozenNorm(block.norm2, block.hierarchy.num_levels, dtype)
-        self.register_buffer("level_width", block.level_width.clone())
+        dtype, levels, widths = options.dtype, block.hierarchy.num_levels, list(block.widths)
+        self.pools = block.pools
+        fused = functools.partial(dk.FusedConv2d, relu=True, winograd=options.winograd, backend=options.backend)
+        self.conv1 = fused(block.conv1.weight.to(dtype), *tables(block.norm1, levels), out_widths=widths)
+        self.conv2 = fused(block.conv2.weight.to(dtype), *tables(block.norm2, levels), in_widths=widths)
 
     def forward(
         self,
@@ -126,11 +119,9 @@ class FrozenConvPair(nn.Module):
         entry_stride: int = 1,
     ) -> Tensor:
         """x [N, C, H, W], never overwritten -> [N, out_channels, H', W']; see `ConvPairBlock`."""
-        width_N = self.level_width.index_select(0, level_N)
-        conv = functools.partial(dk.den_conv2d, padding=1, backend=self.backend)
-        h = conv(x, *self.convs[set_index], None, width_N, stride=entry_stride).relu_()
-        h = conv(pool(h, self.pools[0]), self.weight, None, width_N)
-        return pool(self.norm(h, level_N, set_index).relu_(), self.pools[1])
+        h = self.conv1(x, level_N, order_N, set_index, entry_stride)
+        h = self.conv2(pool(h, self.pools[0]), level_N, order_N, set_index)
+        return pool(h, self.pools[1])
 
 
 @freeze_block.register

@@ -50,23 +50,6 @@ def register_folded(
     return [register_conv(module, f"{suffix}{t}", *pair, dtype) for t, pair in enumerate(folded)]
 
 
-class FrozenNorm(nn.Module):
-    """A norm as a scale and shift, at the level of each sample."""
-
-    scale: Tensor
-    shift: Tensor
-
-    def __init__(self, norm: dk.DENBatchNorm2d, num_levels: int, dtype: torch.dtype):
-        super().__init__()
-        for name, table in zip(("scale", "shift"), tables(norm, num_levels), strict=True):
-            self.register_buffer(name, table.to(dtype)[..., None, None].contiguous())
-
-    def forward(self, x: Tensor, level_N: Tensor, set_index: int) -> Tensor:
-        """x [N, C, H, W], level_N integer [N] -> a new [N, C, H, W]."""
-        scale_NC, shift_NC = (table[set_index].index_select(0, level_N) for table in (self.scale, self.shift))
-        return torch.addcmul(shift_NC, x, scale_NC)
-
-
 class FreezeOptions(NamedTuple):
     """What `den.freeze` was asked for; see there."""
 

@@ -5,12 +5,15 @@ Suffixes: N samples, C channels, H W space.
 
 from __future__ import annotations
 
+import functools
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import den_kernels as dk
 from den.blocks.base import Block, check_has_channels, check_map
-from den.blocks.forms import FreezeOptions, freeze_block, plain_block, register_conv
+from den.blocks.forms import FreezeOptions, freeze_block, plain_block
 from den.hierarchy import Hierarchy
 
 
@@ -65,28 +68,29 @@ class LinearPairBlock(Block):
 
 
 class FrozenLinearPair(nn.Module):
-    """A `LinearPairBlock` with copies of its weights."""
-
-    level_width: Tensor
+    """A `LinearPairBlock` as two fused convolutions of one pixel."""
 
     def __init__(self, block: LinearPairBlock, options: FreezeOptions):
         super().__init__()
-        self.map_shape, self.backend = (block.in_channels, *block.size), options.backend
-        self.layers = [
-            register_conv(self, name, layer.weight.detach()[:, :, None, None], layer.bias.detach(), options.dtype)
-            for name, layer in (("1", block.linear1), ("2", block.linear2))
-        ]
-        self.register_buffer("level_width", block.level_width.clone())
+        self.map_shape = (block.in_channels, *block.size)
+        levels, widths = block.hierarchy.num_levels, list(block.widths)
+
+        def fused(layer: dk.DENLinear, read: list[int] | None, made: list[int] | None) -> dk.FusedConv2d:
+            weight = layer.weight.detach()[:, :, None, None].to(options.dtype)
+            shift = layer.bias.detach().expand(1, levels, -1)
+            form = functools.partial(dk.FusedConv2d, in_widths=read, out_widths=made, relu=True)
+            return form(weight, torch.ones_like(shift), shift, backend=options.backend)
+
+        self.linear1 = fused(block.linear1, None, widths)
+        self.linear2 = fused(block.linear2, widths, None)
 
     def forward(
         self, x: Tensor, level_N: Tensor, order_N: Tensor, count_L: Tensor, set_index: int, entry_stride: int = 1
     ) -> Tensor:
         """x [N, C, *size], never overwritten -> [N, out_features, 1, 1]."""
         check_map(x, self.map_shape)
-        width_N = self.level_width.index_select(0, level_N)
-        first, second = self.layers
-        h = dk.den_conv2d(x.flatten(1)[:, :, None, None], *first, None, width_N, backend=self.backend).relu_()
-        return dk.den_conv2d(h, *second, width_N, None, backend=self.backend).relu_()
+        h = self.linear1(x.flatten(1)[:, :, None, None], level_N, order_N)
+        return self.linear2(h, level_N, order_N)
 
 
 @freeze_block.register

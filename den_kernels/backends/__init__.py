@@ -5,7 +5,8 @@ A backend is a module with
     NAME                                what a caller names it by
     unavailable() -> str | None         None when usable on this machine, else the reason and the fix
     rejects(device, dtype) -> str|None  None when it takes such tensors, else why not
-    conv2d, conv2d_backward, residual_block, residual_chain     the work, on checked arguments
+    conv2d, conv2d_backward     the work of the primitive, on checked arguments
+    fused_conv2d, residual_block, residual_chain    that of the inference forms
     TILE_BOUNDS                         descending; the class of a batch: how many its 4 x 4 tiles of outputs are below
     pack_weights                        weights as the blocks read them, a form for each class of batch
     gather                              packed weights moved to where a chain reads them best

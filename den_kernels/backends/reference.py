@@ -46,6 +46,14 @@ def pack_weights(weight: Tensor, stride: int, groups: int, winograd: bool) -> li
     return [weight.contiguous()]
 
 
+def fused_conv2d(
+    x, out, level, order, in_widths, out_widths, weight, scale, shift, kernel_size, stride, groups, relu
+) -> None:
+    """`reference.fused_conv2d` into `out`."""
+    widths = {"in_widths": in_widths.tolist(), "out_widths": out_widths.tolist()}
+    out.copy_(reference.fused_conv2d(x, level, weight, scale, shift, **widths, stride=stride, groups=groups, relu=relu))
+
+
 def residual_block(
     x,
     out,

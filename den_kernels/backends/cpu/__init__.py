@@ -31,6 +31,7 @@ __all__ = [
     "conv2d",
     "conv2d_add",
     "conv2d_backward",
+    "fused_conv2d",
     "gather",
     "pack_weight",
     "pack_weights",
@@ -260,6 +261,40 @@ def plan_levels(level_NB: Tensor, num_levels: int) -> tuple[Tensor, Tensor, Tens
     return level_BN, order_BN, count_BL
 
 
+def fused_conv2d(
+    x: Tensor,
+    out: Tensor,
+    level: Tensor,
+    order: Tensor,
+    in_widths: Tensor,
+    out_widths: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    kernel_size: int,
+    stride: int,
+    groups: int,
+    relu: bool,
+) -> None:
+    """A convolution with a norm by level and perhaps a ReLU, written to `out`, which is channels_last.
+
+    level, order [N], in_widths, out_widths [L]: int32, contiguous. weight: from `pack_weight`. scale, shift [L, O]:
+    float32, contiguous. Raises ValueError for a level, an order or widths out of range, or a weight of another shape.
+    """
+    _check_plan(level, order, x.shape[0])
+    x = x.contiguous(memory_format=torch.channels_last)
+    N, C, H, W = x.shape
+    tensors = (x, out, level, order, in_widths, out_widths, weight, scale, shift)
+    extension().fused_conv2d(
+        DTYPES[x.dtype],
+        [t.data_ptr() for t in tensors],
+        (N, C, H, W, out.shape[1], len(in_widths), kernel_size, stride, groups),
+        weight.numel(),
+        relu,
+        torch.get_num_threads(),
+    )
+
+
 def residual_block(x: Tensor, out: Tensor, level: Tensor, order: Tensor, count: Tensor, *block) -> None:
     """One residual block for inference, written to `out`, which may be `x` itself when the shapes agree.
 
@@ -286,12 +321,7 @@ def residual_chain(
     """
     N, C, H, W = x.shape
     chain = _chain(DTYPES[x.dtype], tuple(t.data_ptr() for t in tensors), tuple(spec))
-    for name, value in (("level", level), ("order", order)):
-        if value.dtype != torch.int32 or value.numel() != chain.blocks * N or not value.is_contiguous():
-            raise ValueError(
-                f"{name} is {value.dtype} of shape {tuple(value.shape)}; it must be contiguous torch.int32 of shape "
-                f"({N},), one entry a sample, for each of {chain.blocks} blocks: use plan_levels(...)"
-            )
+    _check_plan(level, order, N, chain.blocks)
     if not x.is_contiguous(memory_format=torch.channels_last):
         x = x.contiguous(memory_format=torch.channels_last)
     channels_last = out.is_contiguous(memory_format=torch.channels_last)
@@ -306,6 +336,15 @@ def residual_chain(
     )
     if not channels_last:
         out.copy_(out_NHWC)
+
+
+def _check_plan(level: Tensor, order: Tensor, samples: int, blocks: int = 1) -> None:
+    for name, value in (("level", level), ("order", order)):
+        if value.dtype != torch.int32 or value.numel() != blocks * samples or not value.is_contiguous():
+            raise ValueError(
+                f"{name} is {value.dtype} of shape {tuple(value.shape)}; it must be contiguous torch.int32 of shape "
+                f"({samples},), one entry a sample, for each of {blocks} blocks: use plan_levels(...)"
+            )
 
 
 @functools.lru_cache(maxsize=256)

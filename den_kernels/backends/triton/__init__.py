@@ -141,6 +141,33 @@ def conv2d(
     return out
 
 
+def fused_conv2d(
+    x: torch.Tensor,
+    out: torch.Tensor,
+    level: torch.Tensor,
+    order: torch.Tensor,
+    in_widths: torch.Tensor,
+    out_widths: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    kernel_size: int,
+    stride: int,
+    groups: int,
+    relu: bool,
+) -> None:
+    """The fused convolution into ``out``: the primitive's kernel on a packed weight, norm and ReLU in its epilogue."""
+    from den_kernels.backends.triton import conv, launch
+
+    if out.numel() == 0:
+        return
+    read, made = in_widths.index_select(0, level), out_widths.index_select(0, level)
+    pad, norm = kernel_size // 2, conv.Norm(level, scale, shift, relu)
+    geometry = (stride, stride), (pad, pad), (1, 1)
+    planned = conv.plan_conv2d(_channels_last(x), weight, None, read, made, None, out, *geometry, groups, norm)
+    launch.run(planned, x.device)
+
+
 def conv2d_add(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from den_kernels.backends.triton import configs
-from den_kernels.backends.triton.implicit_gemm import accumulate_forward, clamp_width
+from den_kernels.backends.triton.implicit_gemm import accumulate_forward, clamp_width, relu
 from den_kernels.backends.triton.launch import Launch, check_indexable, dot_precision, multiprocessors
 from den_kernels.backends.triton.tile_tables import Problem, batch_class
 
@@ -22,6 +23,9 @@ def conv2d_kernel(
     in_width_ptr,  # [N] or None
     out_width_ptr,  # [N] or None
     residual_ptr,  # [N, out_h, out_w, O] or None
+    level_ptr,  # [N], the row of scale and shift
+    scale_ptr,  # float32 [L, O] or None
+    shift_ptr,
     out_ptr,  # [N, out_h, out_w, O]
     in_channels,
     out_channels,
@@ -45,6 +49,7 @@ def conv2d_kernel(
     SPAN: tl.constexpr,
     GRANULE: tl.constexpr,
     PRECISION: tl.constexpr,
+    RELU: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -113,6 +118,12 @@ def conv2d_kernel(
     )
     if bias_ptr is not None:
         acc_MN += tl.load(bias_ptr + col_N, mask=col_ok_N, other=0.0).to(tl.float32)[None, :]
+    if scale_ptr is not None:
+        row_N = tl.load(level_ptr + sample) * out_channels + col_N
+        acc_MN *= tl.load(scale_ptr + row_N, mask=col_ok_N, other=0.0)[None, :]
+        acc_MN += tl.load(shift_ptr + row_N, mask=col_ok_N, other=0.0)[None, :]
+    if RELU:
+        acc_MN = relu(acc_MN)
     acc_MN = tl.where((col_N < out_limit)[None, :], acc_MN, 0.0)
     if residual_ptr is not None:
         residual_MN = tl.load(residual_ptr + place_MN, mask=ok_MN, other=0.0).to(tl.float32)
@@ -130,6 +141,15 @@ def empty_map(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
     return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
+class Norm(NamedTuple):
+    """What stands behind a fused convolution: level [N]; scale, shift float32 [L, O]; whether a ReLU follows."""
+
+    level: torch.Tensor
+    scale: torch.Tensor
+    shift: torch.Tensor
+    relu: bool
+
+
 def plan_conv2d(
     x: torch.Tensor,
     weight_OHWI: torch.Tensor,
@@ -142,8 +162,12 @@ def plan_conv2d(
     padding: tuple[int, int],
     dilation: tuple[int, int],
     groups: int,
+    norm: Norm | None = None,
 ) -> Launch:
-    """The one launch of the primitive; ``x``, ``residual`` and ``out`` are channels_last and ``out`` is not empty."""
+    """The one launch of the primitive; ``x``, ``residual`` and ``out`` are channels_last and ``out`` is not empty.
+
+    norm: comes before the addition of the residual.
+    """
     samples, in_channels, in_h, in_w = x.shape
     out_channels, kernel_h, kernel_w, group_in = weight_OHWI.shape
     _, _, out_h, out_w = out.shape
@@ -182,6 +206,9 @@ def plan_conv2d(
             "in_width_ptr": in_width,
             "out_width_ptr": out_width,
             "residual_ptr": residual,
+            "level_ptr": None if norm is None else norm.level,
+            "scale_ptr": None if norm is None else norm.scale,
+            "shift_ptr": None if norm is None else norm.shift,
             "out_ptr": out,
             "in_channels": in_channels,
             "out_channels": out_channels,
@@ -207,6 +234,7 @@ def plan_conv2d(
             "SPAN": span,
             "GRANULE": granule,
             "PRECISION": precision,
+            "RELU": norm is not None and norm.relu,
         },
         tile=tile,
     )

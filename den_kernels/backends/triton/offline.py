@@ -78,9 +78,11 @@ def typical_launches(
     narrow, broad = filters(channels, channels, 1), filters(2 * channels, channels, 1)
     bottleneck = [narrow, square, broad], [table, table, wide], [1, 3, 1], [1, 2, 1]
     width, geometry = integers(samples), ((1, 1), (1, 1), (1, 1), groups)
+    norm = conv.Norm(width, table, table, True)
     return {
         "conv2d": conv.plan_conv2d(x, square, rows(channels).to(dtype), width, width, None, x, *geometry),
         "conv2d, full": conv.plan_conv2d(x, square, None, None, None, None, x, *geometry),
+        "conv2d, norm": conv.plan_conv2d(x, square, None, width, width, None, x, *geometry, norm),
         "conv2d, residual": conv.plan_conv2d(x, square, None, width, None, x, x, *geometry),
         **_named(("first", "last"), fused(x, *basic)),
         **_named(("first, pre-activation",), fused(x, *basic, pre=rows(channels))),

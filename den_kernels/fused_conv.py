@@ -1,0 +1,140 @@
+"""The inference form of one elastic convolution: packed weight, folded norm by level and ReLU in one operator call.
+
+T sets (such as tasks), L levels, C channels, N samples, H W space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from den_kernels import ops as _ops  # noqa: F401  (registers torch.ops.den_kernels)
+from den_kernels.backends import load, resolve
+from den_kernels.block import batch_class
+
+
+class FusedConv2d(nn.Module):
+    """A convolution with its norm and ReLU as one operator; each sample at the widths of its level.
+
+    See `reference.fused_conv2d` for what it computes. Inference only. The weight is packed for one backend when the
+    module is made, so it stays on the device of `weight`.
+
+    Args:
+        weight: [O, I / groups, k, k] with k odd; padding is k // 2.
+        scale, shift: the folded norm behind it, float [T, L, O].
+        in_widths, out_widths: input channels read and output channels made at each level, ascending, above 0; None:
+            all. With groups, a level must read every group that it makes.
+        stride, groups: of the convolution.
+        relu: whether a ReLU follows.
+        winograd, backend: as in `FusedResidualBlock`.
+
+    Raises ValueError for shapes or widths that do not fit together, RuntimeError for a backend asked for by name that
+    cannot be used.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    in_widths: Tensor
+    out_widths: Tensor
+
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        *,
+        in_widths: Sequence[int] | None = None,
+        out_widths: Sequence[int] | None = None,
+        stride: int = 1,
+        groups: int = 1,
+        relu: bool = False,
+        winograd: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels = weight.shape[1] * groups, weight.shape[0]
+        levels = scale.shape[1] if scale.dim() == 3 else 0
+        read = [self.in_channels] * levels if in_widths is None else list(in_widths)
+        made = [self.out_channels] * levels if out_widths is None else list(out_widths)
+        _check(weight, scale, shift, read, made, groups)
+        self.kernel_size, self.stride, self.groups, self.relu = weight.shape[2], stride, groups, relu
+        chosen = resolve(backend, weight.device, weight.dtype)
+        self.backend: str = chosen.NAME
+        self._tile_bounds: tuple[int, ...] = chosen.TILE_BOUNDS
+        forms = chosen.pack_weights(weight.detach(), stride, groups, winograd)
+        # One buffer a form; classes of batches that share it know it by the name of the first.
+        self._names = [f"weight_{next(k for k, other in enumerate(forms) if other is form)}" for form in forms]
+        for name, form in zip(self._names, forms, strict=True):
+            self.register_buffer(name, form)
+        # Zeros beyond a level's width, so that a scale and shift leave nothing there.
+        made_L1 = torch.tensor(made, device=weight.device)[:, None]
+        inside_LC = torch.arange(self.out_channels, device=weight.device) < made_L1
+        for name, table in (("scale", scale), ("shift", shift)):
+            self.register_buffer(name, torch.where(inside_LC, table.detach().float(), 0.0).contiguous())
+        for name, widths in (("in_widths", read), ("out_widths", made)):
+            self.register_buffer(name, torch.tensor(widths, dtype=torch.int32, device=weight.device))
+
+    def packed(self) -> dict[str, Tensor]:
+        """The packed weights by name of their buffer."""
+        return {name: getattr(self, name) for name in dict.fromkeys(self._names)}
+
+    def forward(self, x: Tensor, level: Tensor, order: Tensor, set_index: int = 0, stride: int | None = None) -> Tensor:
+        """x [N, C, H, W] channels_last; level, order int32 [N]: of one block of a `LevelPlan`.
+
+        stride: another than the module's, for weights that are packed as they are, such as those of an image's few
+            channels.
+        Returns [N, O, ceil(H / stride), ceil(W / stride)], channels_last, 0 beyond a sample's width.
+        """
+        stride = self.stride if stride is None else stride
+        name = self._names[batch_class(self._tile_bounds, x.shape, stride)]
+        return torch.ops.den_kernels.fused_conv2d(
+            x,
+            level,
+            order,
+            self.in_widths,
+            self.out_widths,
+            getattr(self, name),
+            self.scale[set_index],
+            self.shift[set_index],
+            self.kernel_size,
+            stride,
+            self.groups,
+            self.relu,
+            self.backend,
+        )
+
+
+def gather_weights(modules: Iterable[nn.Module]) -> None:
+    """Move the packed weights of all `FusedConv2d` in these modules next to each other, where their backend reads them
+    best."""
+    convs = [conv for module in modules for conv in module.modules() if isinstance(conv, FusedConv2d)]
+    for backend in dict.fromkeys(conv.backend for conv in convs):
+        places = [(conv, name) for conv in convs if conv.backend == backend for name in conv.packed()]
+        moved = load(backend).gather([getattr(conv, name) for conv, name in places])
+        for (conv, name), tensor in zip(places, moved, strict=True):
+            setattr(conv, name, tensor)
+
+
+def _check(
+    weight: Tensor, scale: Tensor, shift: Tensor, in_widths: Sequence[int], out_widths: Sequence[int], groups: int
+) -> None:
+    if weight.dim() != 4 or weight.shape[2] != weight.shape[3] or weight.shape[2] % 2 == 0:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be [O, I / groups, k, k] with k odd")
+    outputs, inputs = weight.shape[0], weight.shape[1] * groups
+    for name, table in (("scale", scale), ("shift", shift)):
+        if table.dim() != 3 or table.shape != scale.shape or table.shape[2] != outputs:
+            raise ValueError(f"{name} has shape {tuple(table.shape)}; it must be [sets, levels, {outputs}], as scale")
+    for name, widths, channels in (("in_widths", in_widths, inputs), ("out_widths", out_widths, outputs)):
+        if len(widths) != scale.shape[1]:
+            raise ValueError(f"{name} has {len(widths)} levels; scale has {scale.shape[1]}")
+        ascending = list(widths) == sorted(widths) and widths[0] > 0 and widths[-1] <= channels
+        if not ascending or any(width % (channels // groups) for width in widths if groups > 1):
+            whole = f", in whole groups of {channels // groups}" if groups > 1 else ""
+            raise ValueError(f"{name} is {tuple(widths)}; it must ascend from above 0 to at most {channels}{whole}")
+    if groups > 1 and any(read * outputs < made * inputs for read, made in zip(in_widths, out_widths, strict=True)):
+        raise ValueError(
+            f"in_widths is {tuple(in_widths)} and out_widths {tuple(out_widths)}; with groups={groups} a level must "
+            "read every group that it makes"
+        )
