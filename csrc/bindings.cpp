@@ -42,13 +42,17 @@ void check_widths(const char* name, const int* width, int samples, int channels,
     }
 }
 
-void check_block(const den::ResidualBlock& block, int hidden) {
-    // A hidden channel belongs to a group of each convolution that reads or writes it.
-    for (const den::BlockConv& conv : block.convs) check_widths("widths", block.widths, block.levels, hidden, conv.groups);
-    for (int l = 1; l < block.levels; ++l)
-        if (block.widths[l] < block.widths[l - 1])
-            fail(entry("widths", l) + " is " + std::to_string(block.widths[l]) + "; it must be at least " +
-                 entry("widths", l - 1) + ", which is " + std::to_string(block.widths[l - 1]));
+// Of each level: ascending, and at least `least`.
+void check_levels(const char* name, const int* widths, int levels, int channels, int groups, int least) {
+    check_widths(name, widths, levels, channels, groups);
+    for (int l = 0; l < levels; ++l)
+        if (widths[l] < (l ? widths[l - 1] : least))
+            fail(entry(name, l) + " is " + std::to_string(widths[l]) + "; it must be at least " +
+                 (l ? entry(name, l - 1) + ", which is " + std::to_string(widths[l - 1]) : std::to_string(least)));
+}
+
+// Levels and order of a plan.
+void check_plan(const den::ResidualBlock& block) {
     for (int n = 0; n < block.samples; ++n)
         if (block.level[n] < 0 || block.level[n] >= block.levels)
             fail(entry("level", n) + " is " + std::to_string(block.level[n]) + "; it must be between 0 and " +
@@ -61,6 +65,12 @@ void check_block(const den::ResidualBlock& block, int hidden) {
                  std::to_string(block.samples) + " samples once");
         seen[n] = 1;
     }
+}
+
+void check_block(const den::ResidualBlock& block, int hidden) {
+    // A hidden channel belongs to a group of each convolution that reads or writes it.
+    for (const den::BlockConv& conv : block.convs) check_levels("widths", block.widths, block.levels, hidden, conv.groups, 0);
+    check_plan(block);
 }
 
 // Calls run(T{}) for the element type that PyTorch calls `dtype`.
@@ -241,14 +251,14 @@ private:
 };
 
 // A convolution with packed weights, a scale and shift by level and perhaps a ReLU. addresses: x, out, level, order,
-// in_widths, out_widths, weight, scale, shift. sizes: samples, input channels, height, width, output channels, levels, kernel,
+// in_widths, out_widths (0: all channels), weight, scale, shift. sizes: samples, input channels, height, width, output channels, levels, kernel,
 // stride, groups. values: of the packed weight.
 void fused_conv2d(const std::string& dtype, const Addresses& a, const Ints& sizes, std::int64_t values, bool relu, int threads) {
     if (a.size() != 9 || sizes.size() != 9) fail("a fused convolution takes 9 addresses and 9 sizes");
     den::ResidualBlock block{};
     block.x = at<const void>(a[0]), block.out = at<void>(a[1]);
     block.level = at<const int>(a[2]), block.order = at<const int>(a[3]);
-    block.in_widths = at<const int>(a[4]), block.out_widths = block.widths = at<const int>(a[5]);
+    block.in_widths = at<const int>(a[4]), block.out_widths = at<const int>(a[5]);
     block.samples = sizes[0], block.channels = sizes[1], block.height = sizes[2], block.width = sizes[3];
     block.levels = sizes[5];
     den::BlockConv conv{at<const void>(a[6]), at<const float>(a[7]), at<const float>(a[8]), sizes[4], sizes[6], sizes[7], sizes[8], 0};
@@ -257,11 +267,9 @@ void fused_conv2d(const std::string& dtype, const Addresses& a, const Ints& size
     block.relu = relu;
     block.threads = threads;
     block.shortcut = false;
-    check_widths("in_widths", block.in_widths, block.levels, block.channels, conv.groups);
-    check_block(block, conv.out_channels);
-    for (int l = 0; l < block.levels; ++l)
-        if (block.in_widths[l] == 0 || block.out_widths[l] == 0)
-            fail(entry(block.in_widths[l] ? "out_widths" : "in_widths", l) + " is 0; a convolution without a shortcut has none");
+    if (block.in_widths) check_levels("in_widths", block.in_widths, block.levels, block.channels, conv.groups, 1);
+    if (block.out_widths) check_levels("out_widths", block.out_widths, block.levels, conv.out_channels, conv.groups, 1);
+    check_plan(block);
     py::gil_scoped_release release;
     with_element(dtype, [&](auto element) { den::residual_block<decltype(element)>(block); });
 }

@@ -86,6 +86,11 @@ def unflatten(tensors: Sequence[Tensor], spec: Sequence[int]) -> list[BlockArgum
     return blocks
 
 
+def at_levels(widths: Tensor | None, level: Tensor) -> Tensor | None:
+    """The width [N] of each sample of a level [N], from those of each level [L]; None: all channels."""
+    return None if widths is None else widths.index_select(0, level)
+
+
 def batch_class(tile_bounds: Sequence[int], shape: Sequence[int], stride: int) -> int:
     """Which form of its weights a layer of this stride takes for a batch [N, C, H, W]; see `den_kernels.backends`."""
     step = 4 * stride

@@ -36,8 +36,8 @@ class FusedConv2d(nn.Module):
 
     scale: Tensor
     shift: Tensor
-    in_widths: Tensor
-    out_widths: Tensor
+    in_widths: Tensor | None
+    out_widths: Tensor | None
 
     def __init__(
         self,
@@ -73,8 +73,9 @@ class FusedConv2d(nn.Module):
         inside_LC = torch.arange(self.out_channels, device=weight.device) < made_L1
         for name, table in (("scale", scale), ("shift", shift)):
             self.register_buffer(name, torch.where(inside_LC, table.detach().float(), 0.0).contiguous())
-        for name, widths in (("in_widths", read), ("out_widths", made)):
-            self.register_buffer(name, torch.tensor(widths, dtype=torch.int32, device=weight.device))
+        for name, widths in (("in_widths", in_widths), ("out_widths", out_widths)):
+            given = None if widths is None else torch.tensor(list(widths), dtype=torch.int32, device=weight.device)
+            self.register_buffer(name, given)
 
     def packed(self) -> dict[str, Tensor]:
         """The packed weights by name of their buffer."""

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from den_kernels.backends import batch_norm as plain_batch_norm
 from den_kernels.backends import load, resolve
-from den_kernels.block import BlockArguments, chain_output, output_shape, unflatten
+from den_kernels.block import BlockArguments, at_levels, chain_output, output_shape, unflatten
 from den_kernels.plan import plan_levels
 
 _LIBRARY = torch.library.Library("den_kernels", "DEF")
@@ -54,7 +54,7 @@ _BLOCK = (
     "Tensor[] projection, bool relu, str backend"
 )
 _LIBRARY.define(
-    "fused_conv2d(Tensor x, Tensor level, Tensor order, Tensor in_widths, Tensor out_widths, Tensor weight, "
+    "fused_conv2d(Tensor x, Tensor level, Tensor order, Tensor? in_widths, Tensor? out_widths, Tensor weight, "
     "Tensor scale, Tensor shift, int kernel_size, int stride, int groups, bool relu, str backend) -> Tensor"
 )
 _LIBRARY.define(f"residual_block(Tensor x, {_BLOCK}) -> Tensor")
@@ -353,8 +353,8 @@ def _fused_conv2d_flop(
 ) -> int:
     n, inputs, outputs = x.shape[0], x.shape[1], scale.shape[1]
     pixels = math.prod(output_shape(x.shape, outputs, (stride,))[2:])
-    known = type(level) is Tensor and type(in_widths) is Tensor
-    read_N, made_N = (w.cpu()[level.cpu().long()] if known else None for w in (in_widths, out_widths))
+    known = all(t is None or type(t) is Tensor for t in (level, in_widths, out_widths))
+    read_N, made_N = (at_levels(widths, level) if known else None for widths in (in_widths, out_widths))
     return 2 * pixels * kernel_size**2 * _pairs(n, inputs, outputs, read_N, made_N, groups)
 
 

@@ -105,8 +105,8 @@ def fused_conv2d(
     scale: Tensor,
     shift: Tensor,
     *,
-    in_widths: Sequence[int],
-    out_widths: Sequence[int],
+    in_widths: Sequence[int] | None = None,
+    out_widths: Sequence[int] | None = None,
     stride: int = 1,
     groups: int = 1,
     relu: bool = False,
@@ -114,9 +114,12 @@ def fused_conv2d(
     """Inference of a convolution and the folded norm behind it, each sample at its own level.
 
     x [N, C, H, W]; level integer [N]; weight [O, I / groups, k, k] with k odd, padded by k // 2; scale, shift [L, O];
-    in_widths, out_widths: of each level. What lies beyond an output width is 0.
+    in_widths, out_widths: of each level; None: all. What lies beyond an output width is 0.
     """
-    read, made = (torch.tensor(list(widths), device=x.device)[level.long()] for widths in (in_widths, out_widths))
+    levels = scale.shape[0]
+    in_widths = [weight.shape[1] * groups] * levels if in_widths is None else list(in_widths)
+    out_widths = [weight.shape[0]] * levels if out_widths is None else list(out_widths)
+    read, made = (torch.tensor(widths, device=x.device)[level.long()] for widths in (in_widths, out_widths))
     padding = weight.shape[2] // 2
     y = den_conv2d(
         x, weight, in_width=read, out_width=made, stride=stride, padding=padding, groups=groups

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from den_kernels import reference
 from den_kernels.backends.checks import check_widths
-from den_kernels.block import one_by_one, unmoved
+from den_kernels.block import at_levels, one_by_one, unmoved
 
 NAME = "grouped"
 TILE_BOUNDS = ()
@@ -176,7 +176,7 @@ def fused_conv2d(
     x, out, level, order, in_widths, out_widths, weight, scale, shift, kernel_size, stride, groups, relu
 ) -> None:
     """The fused convolution's result from unfused parts: see `reference.fused_conv2d`."""
-    read, made = in_widths.index_select(0, level), out_widths.index_select(0, level)
+    read, made = at_levels(in_widths, level), at_levels(out_widths, level)
     padding = (kernel_size // 2, kernel_size // 2)
     y = conv2d(x, weight, None, read, made, (stride, stride), padding, (1, 1), groups)
     scale_NC, shift_NC = (table.index_select(0, level)[:, :, None, None] for table in (scale, shift))

@@ -50,8 +50,9 @@ def fused_conv2d(
     x, out, level, order, in_widths, out_widths, weight, scale, shift, kernel_size, stride, groups, relu
 ) -> None:
     """`reference.fused_conv2d` into `out`."""
-    widths = {"in_widths": in_widths.tolist(), "out_widths": out_widths.tolist()}
-    out.copy_(reference.fused_conv2d(x, level, weight, scale, shift, **widths, stride=stride, groups=groups, relu=relu))
+    read, made = (None if widths is None else widths.tolist() for widths in (in_widths, out_widths))
+    form = {"in_widths": read, "out_widths": made, "stride": stride, "groups": groups, "relu": relu}
+    out.copy_(reference.fused_conv2d(x, level, weight, scale, shift, **form))
 
 
 def residual_block(

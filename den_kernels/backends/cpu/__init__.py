@@ -266,8 +266,8 @@ def fused_conv2d(
     out: Tensor,
     level: Tensor,
     order: Tensor,
-    in_widths: Tensor,
-    out_widths: Tensor,
+    in_widths: Tensor | None,
+    out_widths: Tensor | None,
     weight: Tensor,
     scale: Tensor,
     shift: Tensor,
@@ -287,8 +287,8 @@ def fused_conv2d(
     tensors = (x, out, level, order, in_widths, out_widths, weight, scale, shift)
     extension().fused_conv2d(
         DTYPES[x.dtype],
-        [t.data_ptr() for t in tensors],
-        (N, C, H, W, out.shape[1], len(in_widths), kernel_size, stride, groups),
+        [_address(t) for t in tensors],
+        (N, C, H, W, out.shape[1], scale.shape[0], kernel_size, stride, groups),
         weight.numel(),
         relu,
         torch.get_num_threads(),

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from den_kernels.backends import batch_norm as plain_batch_norm
-from den_kernels.block import one_by_one, unmoved
+from den_kernels.block import at_levels, one_by_one, unmoved
 
 NAME = "triton"
 TILE_BOUNDS = ()
@@ -146,8 +146,8 @@ def fused_conv2d(
     out: torch.Tensor,
     level: torch.Tensor,
     order: torch.Tensor,
-    in_widths: torch.Tensor,
-    out_widths: torch.Tensor,
+    in_widths: torch.Tensor | None,
+    out_widths: torch.Tensor | None,
     weight: torch.Tensor,
     scale: torch.Tensor,
     shift: torch.Tensor,
@@ -161,7 +161,7 @@ def fused_conv2d(
 
     if out.numel() == 0:
         return
-    read, made = in_widths.index_select(0, level), out_widths.index_select(0, level)
+    read, made = at_levels(in_widths, level), at_levels(out_widths, level)
     pad, norm = kernel_size // 2, conv.Norm(level, scale, shift, relu)
     geometry = (stride, stride), (pad, pad), (1, 1)
     planned = conv.plan_conv2d(_channels_last(x), weight, None, read, made, None, out, *geometry, groups, norm)
