@@ -57,9 +57,9 @@ class EstimatorConfig:
     warmup_epochs: int = 0
     """First epochs of the first stage in which the rate rises from 0: for large rates and batches. 0 is the paper."""
     sandwich: bool = False
-    """Each step trains the full path on the labels, and one more path of each image (smallest, random or drawn; while
-    settling, the chosen one) on what the full path says: the sandwich rule with in-place distillation (Yu and Huang
-    2019). False is the paper."""
+    """Each step trains the full path on the labels, and one more path of each image (smallest, random or drawn) on
+    what the full path says: the sandwich rule with in-place distillation (Yu and Huang 2019). While settling the other
+    path is the chosen one, and learns from the labels too. False is the paper."""
     label_smoothing: float = 0.0
     """Share of the label spread over all classes (Szegedy et al. 2016). 0 is the paper."""
     rare_boost: float = 0.0

@@ -66,8 +66,9 @@ class EstimatorTraining:
         for part in parts(batches):
             level_NB = self._levels(stage, part.x)
             if self.settings.sandwich:
-                level_NB = level_NB if self._settles(stage) else self._mixed(level_NB)
-                losses.update(self._sandwich(part, level_NB, means))
+                settles = self._settles(stage)
+                level_NB = level_NB if settles else self._mixed(level_NB)
+                losses.update(self._sandwich(part, level_NB, settles, means))
             else:
                 logits = self.estimator(part.x, level_NB, part.names)
                 losses.update(self._cross_entropy(part, logits, means))
@@ -86,14 +87,19 @@ class EstimatorTraining:
             for name, l, y in zip(part.names, logits, part.labels, strict=True)
         }
 
-    def _sandwich(self, part: Part, level_NB: Tensor, means: Means) -> dict[str, Tensor]:
-        """The full path on the labels, and the given paths on what it says: one batch of twice the images."""
+    def _sandwich(self, part: Part, level_NB: Tensor, labelled: bool, means: Means) -> dict[str, Tensor]:
+        """The full path on the labels, and the given paths on what it says: one batch of twice the images.
+
+        labelled: the given paths learn from the labels too.
+        """
         full_NB = torch.full_like(level_NB, self.model.num_levels - 1)
         both = self.estimator(torch.cat([part.x, part.x]), torch.cat([full_NB, level_NB]), part.names)
         full, other = zip(*(logits.chunk(2) for logits in both), strict=True)
         losses = self._cross_entropy(part, full, means)
         for name, teacher, student, y in zip(part.names, full, other, part.labels, strict=True):
             losses[name] = losses[name] + soft_cross_entropy(student, teacher)
+            if labelled:
+                losses[name] = losses[name] + F.cross_entropy(student, y, label_smoothing=self.settings.label_smoothing)
             means.add("small_accuracy", 100 * (student.argmax(1) == y).float().mean())
         return losses
 

@@ -240,7 +240,8 @@ def test_a_target_cost_is_met() -> None:
 # The estimator
 
 
-def test_sandwich_is_labels_for_the_full_path_and_distillation_for_another() -> None:
+@pytest.mark.parametrize("labelled", [False, True])
+def test_sandwich_is_labels_for_the_full_path_and_distillation_for_another(labelled: bool) -> None:
     model, task = cases.wrn({"digits": 10}), digits(augment=None)
     work = trainer(model, [task], estimator=EstimatorConfig(sandwich=True)).estimating
     work.begin()
@@ -248,10 +249,12 @@ def test_sandwich_is_labels_for_the_full_path_and_distillation_for_another() -> 
     part = work_part(task, *batch(task)[1:])
     level = work._mixed(torch.full((len(part.x), 3), 2))
     means = Means()
-    loss = work._sandwich(part, level, means)["digits"]
+    loss = work._sandwich(part, level, labelled, means)["digits"]
     full = model.estimator(part.x, torch.full_like(level, 3), "digits")
     other = model.estimator(part.x, level, "digits")
     expected = F.cross_entropy(full, part.labels[0]) + F.cross_entropy(other, full.detach().softmax(1))
+    if labelled:
+        expected = expected + F.cross_entropy(other, part.labels[0])
     torch.testing.assert_close(loss, expected)
     gradient = torch.autograd.grad(loss, model.estimator.heads["digits"].weight)[0]
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, model.estimator.heads["digits"].weight)[0])
