@@ -21,7 +21,7 @@ PAPER_RHOS = (1.0, 0.1)
 SMALL = TrainConfig(
     stages=1,
     batch_size=64,
-    estimator=EstimatorConfig(first_epochs=6, settle_epochs=3, schedule="cosine", decay=0.3, sandwich=True),
+    estimator=EstimatorConfig(first_epochs=4, settle_epochs=5, schedule="cosine", decay=1.0, sandwich=True),
     selector=SelectorConfig(
         lr=2e-3, epochs=2, paths=4, baseline="leave_one_out", cost="expected", epsilon_decay=0.97, entropy=0.01
     ),
