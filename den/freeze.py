@@ -72,7 +72,8 @@ def freeze(
             check_capturable(model.estimator.device, ())  # before the work of freezing
         frozen = FrozenDEN(model, FreezeOptions(dtype, winograd, backend))
     if batches is not None:
-        fused = (module for module in frozen.modules() if isinstance(module, dk.FusedResidualBlock))
+        kinds = (dk.FusedResidualBlock, dk.FusedConv2d)
+        fused = (module for module in frozen.modules() if isinstance(module, kinds))
         check_capturable(frozen.device, [block.backend for block in fused])
         frozen.calls = StaticCalls(batches, dtype)
     return frozen
