@@ -127,9 +127,9 @@ def _draw_series(axis: Axes, name: str, members: Sequence[tuple[Entry, Spread, S
     )  # fmt: skip
     if len(members) > 1 and first.own:
         axis.plot(xs, ys, "-", color=colour, lw=1, alpha=0.6, zorder=2)
-        for place, (entry, x, y) in enumerate(members):  # below and above in turn: neighbours may be near
-            where = (0, 10) if place % 2 else (0, -17)
-            text = entry.detail or entry.policy
+        nearer, further = (10, 20) if first.method == "den" else (-17, -27)  # a DEN's above: others may be at its place
+        for place, (entry, x, y) in enumerate(members):  # in turn: neighbours may be near
+            where, text = (0, further if place % 2 else nearer), entry.detail or entry.policy
             axis.annotate(
                 text, (x.mean, y.mean), where, textcoords="offset points", ha="center", fontsize=8, color=colour
             )
