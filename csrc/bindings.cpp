@@ -251,9 +251,10 @@ private:
 };
 
 // A convolution with packed weights, a scale and shift by level and perhaps a ReLU. addresses: x, out, level, order,
-// in_widths, out_widths (0: all channels), weight, scale, shift. sizes: samples, input channels, height, width, output channels, levels, kernel,
-// stride, groups. values: of the packed weight.
-void fused_conv2d(const std::string& dtype, const Addresses& a, const Ints& sizes, std::int64_t values, bool relu, int threads) {
+// in_widths, out_widths (0: all channels), weight, scale, shift. sizes: samples, input channels, height, width, output
+// channels, levels, kernel, stride, groups. values: of the packed weight.
+void fused_conv2d(const std::string& dtype, const Addresses& a, const Ints& sizes, std::int64_t values, bool relu,
+                  int threads) {
     if (a.size() != 9 || sizes.size() != 9) fail("a fused convolution takes 9 addresses and 9 sizes");
     den::ResidualBlock block{};
     block.x = at<const void>(a[0]), block.out = at<void>(a[1]);
@@ -261,7 +262,8 @@ void fused_conv2d(const std::string& dtype, const Addresses& a, const Ints& size
     block.in_widths = at<const int>(a[4]), block.out_widths = at<const int>(a[5]);
     block.samples = sizes[0], block.channels = sizes[1], block.height = sizes[2], block.width = sizes[3];
     block.levels = sizes[5];
-    den::BlockConv conv{at<const void>(a[6]), at<const float>(a[7]), at<const float>(a[8]), sizes[4], sizes[6], sizes[7], sizes[8], 0};
+    den::BlockConv conv{at<const void>(a[6]), at<const float>(a[7]), at<const float>(a[8]),
+                        sizes[4], sizes[6], sizes[7], sizes[8], 0};
     conv.winograd = packed_as(dtype, values, 0, block.channels, conv);
     block.convs = {conv};
     block.relu = relu;

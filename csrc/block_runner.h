@@ -66,10 +66,12 @@ private:
     // Whether the first convolution reads the input itself, not a padded copy: a 1x1 that nothing stands before, of an
     // input that the shortcut does not overwrite.
     bool reads_x() const { return reads_x_; }
-    int active_in(int i, int n) const { return i ? hidden(n) : block_.in_widths ? block_.in_widths[block_.level[n]] : block_.channels; }
+    int active_in(int i, int n) const { return i ? hidden(n) : width_at(block_.in_widths, n, block_.channels); }
     int active_out(int i, int n) const {
-        return i + 1 < convs() ? hidden(n) : block_.out_widths ? block_.out_widths[block_.level[n]] : out_channels_;
+        return i + 1 < convs() ? hidden(n) : width_at(block_.out_widths, n, out_channels_);
     }
+    // Sample n's width of those of each level; null: all channels.
+    int width_at(const int* widths, int n, int channels) const { return widths ? widths[block_.level[n]] : channels; }
     // What sample n's last convolution adds to: x, or the shortcut that was put into the output before.
     const T* residual(int n) const { return !block_.shortcut ? nullptr : plain_shortcut_ ? x(n) : out(n); }
     WinogradTiling<T> tiling(int i) const { return {block_.convs[i].winograd, maps_[i].conv()}; }

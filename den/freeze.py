@@ -161,7 +161,7 @@ class Trunk:
     def __init__(self, blocks: Iterable[nn.Module]):
         self.steps: list[tuple[int, dk.FusedChain | nn.Module]] = []  # the first block of each
         blocks = list(blocks)
-        dk.gather_weights(blocks)
+        dk.gather_weights([m for block in blocks for m in block.modules() if isinstance(m, dk.FusedConv2d)])
         groups = itertools.groupby(enumerate(blocks), lambda item: isinstance(item[1], dk.FusedResidualBlock))
         for fused, group in groups:
             members = list(group)

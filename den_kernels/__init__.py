@@ -8,8 +8,9 @@ from den_kernels import reference
 from den_kernels.backends import available_backends
 from den_kernels.functional import den_conv2d, plan_levels
 from den_kernels.fused import FusedChain, FusedResidualBlock
-from den_kernels.fused_conv import FusedConv2d, gather_weights
+from den_kernels.fused_conv import FusedConv2d
 from den_kernels.modules import DENBatchNorm2d, DENConv2d, DENLinear
+from den_kernels.packed import gather_weights
 from den_kernels.plan import LevelPlan
 from den_kernels.sync import SyncBatchNorm2d, sync_batch_norm
 

@@ -10,15 +10,16 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from den_kernels import ops as _ops  # noqa: F401  (registers torch.ops.den_kernels)
-from den_kernels.backends import load, resolve
+from den_kernels.backends import resolve
 from den_kernels.block import BlockArguments, batch_class, flatten
+from den_kernels.packed import PackedLayer, gather_weights
 from den_kernels.plan import LevelPlan
 
 
-class FusedResidualBlock(nn.Module):
+class FusedResidualBlock(PackedLayer):
     """Convolutions with their norms, ReLUs, shortcut and addition as one operator; each sample at its own level.
 
     See `reference.residual_block` for what it computes. Inference only. The weights are packed for one backend when the
@@ -40,7 +41,6 @@ class FusedResidualBlock(nn.Module):
 
     pre_scale: Tensor | None
     pre_shift: Tensor | None
-    projection: Tensor | None
     projection_scale: Tensor
     projection_shift: Tensor
 
@@ -74,19 +74,16 @@ class FusedResidualBlock(nn.Module):
         self.register_buffer("widths", torch.tensor(list(widths), dtype=torch.int32, device=first.device))
         for i, weight in enumerate(weights):
             forms = chosen.pack_weights(weight.detach(), self.strides[i], groups[i], winograd)
-            # One buffer a form; classes of batches that share it know it by the name of the first.
-            names = [f"weight{i}_{next(k for k, other in enumerate(forms) if other is form)}" for form in forms]
-            for name, form in zip(names, forms, strict=True):
-                self.register_buffer(name, form)
-            self._weight_names.append(names)
+            self._weight_names.append(self.register_forms(f"weight{i}", forms))
             self.register_buffer(f"scale{i}", scales[i].detach().float().contiguous())
             self.register_buffer(f"shift{i}", shifts[i].detach().float().contiguous())
         self.register_buffer("pre_scale", None if pre_scale is None else pre_scale.detach().float().contiguous())
         self.register_buffer("pre_shift", None if pre_shift is None else pre_shift.detach().float().contiguous())
-        self.register_buffer("projection", None)
+        self._projection_name = ""
         if projection is not None:
             weight, scale, shift = (part.detach() for part in projection)
-            self.projection = chosen.pack_weights(weight, math.prod(strides), 1, False)[0]
+            forms = chosen.pack_weights(weight, math.prod(strides), 1, False)
+            self._projection_name = self.register_forms("projection", forms[:1])[0]
             self.register_buffer("projection_scale", scale.float().contiguous())
             self.register_buffer("projection_shift", shift.float().contiguous())
         self._arguments: dict[tuple[int, int], BlockArguments] = {}
@@ -95,15 +92,9 @@ class FusedResidualBlock(nn.Module):
         self._arguments = {}
         return super()._apply(fn, recurse)
 
-    def packed(self) -> dict[str, Tensor]:
-        """The packed weights by name of their buffer."""
-        names = dict.fromkeys(name for names in self._weight_names for name in names)
-        return {name: t for name in (*names, "projection") if (t := getattr(self, name)) is not None}
-
     def move_packed(self, tensors: Mapping[str, Tensor]) -> None:
         """Put copies of the packed weights in place of them."""
-        for name, tensor in tensors.items():
-            setattr(self, name, tensor)
+        super().move_packed(tensors)
         self._arguments = {}
 
     def batch_class(self, shape: Sequence[int]) -> int:
@@ -123,9 +114,9 @@ class FusedResidualBlock(nn.Module):
         count = len(self.kernel_sizes)
         weights: list[Tensor] = [getattr(self, names[batch_class]) for names in self._weight_names]
         projection: list[Tensor] = []
-        if self.projection is not None:
+        if self._projection_name:
             tables = self.projection_scale[set_index], self.projection_shift[set_index]
-            projection = [self.projection, *tables]
+            projection = [getattr(self, self._projection_name), *tables]
         return BlockArguments(
             cast(Tensor, self.widths),
             weights,
@@ -174,10 +165,7 @@ class FusedChain:
         if len(backends) != 1:
             raise ValueError(f"blocks use the backends {sorted(backends)}; a chain takes blocks of one")
         self.blocks, self.backend = list(blocks), backends.pop()
-        before = [(block, name, tensor) for block in self.blocks for name, tensor in block.packed().items()]
-        after = load(self.backend).gather([tensor for *_, tensor in before])
-        for (block, name, _), tensor in zip(before, after, strict=True):
-            block.move_packed({name: tensor})
+        gather_weights(self.blocks)
         self._flat: dict[tuple, tuple[list[BlockArguments], tuple[list[Tensor], list[int]]]] = {}
 
     def __call__(self, x: Tensor, plan: LevelPlan, set_index: int = 0) -> Tensor:

@@ -5,17 +5,18 @@ T sets (such as tasks), L levels, C channels, N samples, H W space.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from den_kernels import ops as _ops  # noqa: F401  (registers torch.ops.den_kernels)
-from den_kernels.backends import load, resolve
+from den_kernels.backends import resolve
 from den_kernels.block import batch_class
+from den_kernels.packed import PackedLayer
 
 
-class FusedConv2d(nn.Module):
+class FusedConv2d(PackedLayer):
     """A convolution with its norm and ReLU as one operator; each sample at the widths of its level.
 
     See `reference.fused_conv2d` for what it computes. Inference only. The weight is packed for one backend when the
@@ -63,11 +64,7 @@ class FusedConv2d(nn.Module):
         chosen = resolve(backend, weight.device, weight.dtype)
         self.backend: str = chosen.NAME
         self._tile_bounds: tuple[int, ...] = chosen.TILE_BOUNDS
-        forms = chosen.pack_weights(weight.detach(), stride, groups, winograd)
-        # One buffer a form; classes of batches that share it know it by the name of the first.
-        self._names = [f"weight_{next(k for k, other in enumerate(forms) if other is form)}" for form in forms]
-        for name, form in zip(self._names, forms, strict=True):
-            self.register_buffer(name, form)
+        self._names = self.register_forms("weight", chosen.pack_weights(weight.detach(), stride, groups, winograd))
         # Zeros beyond a level's width, so that a scale and shift leave nothing there.
         made_L1 = torch.tensor(made, device=weight.device)[:, None]
         inside_LC = torch.arange(self.out_channels, device=weight.device) < made_L1
@@ -76,10 +73,6 @@ class FusedConv2d(nn.Module):
         for name, widths in (("in_widths", in_widths), ("out_widths", out_widths)):
             given = None if widths is None else torch.tensor(list(widths), dtype=torch.int32, device=weight.device)
             self.register_buffer(name, given)
-
-    def packed(self) -> dict[str, Tensor]:
-        """The packed weights by name of their buffer."""
-        return {name: getattr(self, name) for name in dict.fromkeys(self._names)}
 
     def forward(self, x: Tensor, level: Tensor, order: Tensor, set_index: int = 0, stride: int | None = None) -> Tensor:
         """x [N, C, H, W] channels_last; level, order int32 [N]: of one block of a `LevelPlan`.
@@ -105,17 +98,6 @@ class FusedConv2d(nn.Module):
             self.relu,
             self.backend,
         )
-
-
-def gather_weights(modules: Iterable[nn.Module]) -> None:
-    """Move the packed weights of all `FusedConv2d` in these modules next to each other, where their backend reads them
-    best."""
-    convs = [conv for module in modules for conv in module.modules() if isinstance(conv, FusedConv2d)]
-    for backend in dict.fromkeys(conv.backend for conv in convs):
-        places = [(conv, name) for conv in convs if conv.backend == backend for name in conv.packed()]
-        moved = load(backend).gather([getattr(conv, name) for conv, name in places])
-        for (conv, name), tensor in zip(places, moved, strict=True):
-            setattr(conv, name, tensor)
 
 
 def _check(
