@@ -6,8 +6,8 @@ Suffixes: N samples, B blocks, L levels.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,24 +30,28 @@ WINOGRAD_TOLERANCE = 1e-3  # float32
 class Mix:
     """How the levels of a batch are distributed.
 
-    mean_cost: the share of a full block's work that the mix aims at, None where the shares say it.
-    shares: of the levels from cheapest to dearest, None where mean_cost decides.
+    mean_cost: the share of a full block's work that the mix aims at.
+    shares: of the levels, by their ratios. Without either, every level equally often.
     """
 
     name: str
     meaning: str
-    shares: tuple[float, ...] | None = None
+    shares: Mapping[float, float] | None = field(default=None, hash=False)
     mean_cost: float | None = None
 
+    def fits(self, ratios: Sequence[float]) -> bool:
+        """Whether a hierarchy of these ratios has the levels that the mix takes."""
+        return self.shares is None or set(self.shares) <= set(ratios)
+
     def probabilities(self, ratios: Sequence[float] = RATIOS) -> list[float]:
-        """Share of each level, L numbers that sum to 1."""
+        """Share of each level, L numbers that sum to 1. Raises ValueError where the ratios cannot give the mix."""
         if self.mean_cost is not None:
             return even_shares(ratios, self.mean_cost)
         if self.shares is None:
             return [1 / len(ratios)] * len(ratios)
-        if len(self.shares) != len(ratios):
-            raise ValueError(f"mix {self.name!r} is made for {len(self.shares)} levels, but ratios is {tuple(ratios)}")
-        return list(self.shares)
+        if not self.fits(ratios):
+            raise ValueError(f"mix {self.name!r} takes ratios {tuple(self.shares)}, but ratios is {tuple(ratios)}")
+        return [self.shares.get(ratio, 0.0) for ratio in ratios]
 
     def levels(self, batch: int, blocks: int, ratios: Sequence[float] = RATIOS, seed: int = 0) -> Tensor:
         """Levels int64 [N, B]: the shares met as exactly as whole slots allow, in random order."""
@@ -55,16 +59,16 @@ class Mix:
 
 
 def single(level: int, name: str | None = None, meaning: str | None = None) -> Mix:
-    """Every sample and block at one of the four levels."""
-    shares = tuple(float(l == level) for l in range(len(RATIOS)))
-    return Mix(name or f"level{level}", meaning or f"every block at {RATIOS[level]:g} of its channels", shares)
+    """Every sample and block at one of the four levels of RATIOS."""
+    ratio = RATIOS[level]
+    return Mix(name or f"level{level}", meaning or f"every block at {ratio:g} of its channels", {ratio: 1.0})
 
 
 FULL = single(3, "full", "every block at its top level: no FLOP saved")
 UNIFORM = Mix("uniform", "every level equally often")
 PAPER = Mix("paper", "mean cost 0.53, as in Table 2b of the paper", mean_cost=PAPER_COST)
 SKIP = single(0, "skip", "every block left out")
-TOP1 = Mix("top1-of-4", "one in four at the top level, the rest left out", (0.75, 0.0, 0.0, 0.25))
+TOP1 = Mix("top1-of-4", "one in four at the top level, the rest left out", {0.0: 0.75, 1.0: 0.25})
 MIXES = {mix.name: mix for mix in (FULL, UNIFORM, PAPER, TOP1, single(2), single(1), SKIP)}
 
 
@@ -73,11 +77,17 @@ MIXES = {mix.name: mix for mix in (FULL, UNIFORM, PAPER, TOP1, single(2), single
 
 @dataclass(frozen=True)
 class ModelCase:
-    """A network of `den.create_model` and the square images that it is timed on."""
+    """A network of `den.create_model`, its hierarchy, and the square images that it is timed on."""
 
     name: str
     image_size: int
     batches: tuple[int, ...] = BATCHES
+    ratios: tuple[float, ...] = RATIOS
+
+    @property
+    def half(self) -> int:
+        """The level of half the channels: that of the static slim network."""
+        return self.ratios.index(0.5)
 
 
 MODELS = (
@@ -85,7 +95,9 @@ MODELS = (
     ModelCase("resnet_42", 32, (1, 8, 64)),
     ModelCase("resnext_29_4x64d", 32, (1, 8, 64)),
     ModelCase("resnet_50", 224, (1, 8)),
+    ModelCase("vgg_16", 32, (1, 8, 64), RATIOS[1:]),  # no shortcut that a level 0 could leave alone
 )
+RATIOS_OF = {case.name: case.ratios for case in MODELS}
 
 
 # Residual blocks

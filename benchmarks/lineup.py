@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import den
-from benchmarks.cases import RATIOS, TOLERANCE, WINOGRAD_TOLERANCE, ModelCase
+from benchmarks.cases import TOLERANCE, WINOGRAD_TOLERANCE, ModelCase
 from benchmarks.engines import InWorker
 from benchmarks.networks import images, network, write_onnx
 from benchmarks.worker import Job, Worker
@@ -129,7 +129,7 @@ class Bench:
 
     def slim(self, case: ModelCase, dtype: str, batch: int, level: int) -> InWorker:
         """A static network of one level's widths."""
-        label = f"static slim {RATIOS[level]:g}"
+        label = f"static slim {case.ratios[level]:g}"
         return self._engine(label, f"{_TORCH}:slim", case, dtype, batch, None, {"level": level})
 
     def _engine(

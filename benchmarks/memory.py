@@ -48,6 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not set(chosen) <= set(known):
             parser.error(f"{what} are among {', '.join(known)}, not {','.join(chosen)}")
     for name in names:
+        without = [mix for mix in mixes if not MIXES[mix].fits(cases[name].ratios)]
+        if without:
+            parser.error(f"{name} has no level for {', '.join(without)}: its ratios are {cases[name].ratios}")
+    for name in names:
         print("\n".join(weight_lines(cases[name], subject)))
         for batch in map(int, options.batches.split(",")):
             for line in activation_lines(cases[name], subject, batch, mixes, options.threads):
@@ -82,7 +86,7 @@ def activation_lines(case: ModelCase, subject: Subject, batch: int, mixes: Seque
             bench = Bench(Path(folder), threads, environment=MALLOC)
             try:
                 if mix:
-                    engine = bench.den(subject, case, MIXES[mix].levels(batch, blocks), BACKEND)
+                    engine = bench.den(subject, case, MIXES[mix].levels(batch, blocks, case.ratios), BACKEND)
                 else:
                     engine = bench.dense(DENSE["eager"], case, subject.dtype, batch)
                 lines.append(f"  {f'{engine.name} {mix}':24} {engine.peak_bytes() / 1e6:8.1f} MB")

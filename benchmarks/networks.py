@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import den
 import den_kernels as dk
-from benchmarks.cases import RATIOS, TASK, ModelCase
+from benchmarks.cases import RATIOS, RATIOS_OF, TASK, ModelCase
 
 REFERENCE_SAMPLES = 4
 # Made for an interpreter to run, with a selector to match.
@@ -28,7 +28,7 @@ def network(name: str) -> den.DEN:
     """A model whose weights and norms are random: every folded number counts in the check."""
     torch.manual_seed(0)
     selector = SMALLEST_SELECTOR if name == SMALLEST else "paper"
-    model = den.create_model(name, tasks=TASK, ratios=RATIOS, selector=selector)
+    model = den.create_model(name, tasks=TASK, ratios=RATIOS_OF.get(name, RATIOS), selector=selector)
     for module in model.modules():
         if isinstance(module, (dk.DENBatchNorm2d, nn.BatchNorm2d)):
             for positive in (module.weight, module.running_var):

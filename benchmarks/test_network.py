@@ -41,8 +41,10 @@ def test_network(
         pytest.skip(f"{subject.name}: {subject.missing()}")
     if batch not in model.batches:
         pytest.skip(f"{model.name} is not timed at batch {batch}")
+    if not level_mix.fits(model.ratios):
+        pytest.skip(f"{model.name} has no level for mix {level_mix.name}: its ratios are {model.ratios}")
     net, dtype = networks.network(model.name), subject.dtype
-    level_NB = level_mix.levels(batch, net.num_blocks)
+    level_NB = level_mix.levels(batch, net.num_blocks, model.ratios)
     top = net.num_levels - 1
 
     own = bench.den(subject, model, level_NB, backend)
@@ -63,7 +65,7 @@ def test_network(
                 lambda: bench.den(Subject(dtype, dtype), model, level_NB, "grouped"),
             )
         )
-        slim.append(bench.slim(model, dtype, batch, 2))
+        slim.append(bench.slim(model, dtype, batch, model.half))
     elif level_mix.name != "full" and (level_NB == level_NB[0, 0]).all():
         # A static network of these widths is this very function.
         elastic.append(bench.slim(model, dtype, batch, int(level_NB[0, 0])))
@@ -74,7 +76,7 @@ def test_network(
     for engine in elastic:
         tolerance = subject.tolerance if engine in elastic[:2] else plain_tolerance
         assert_close(engine.name, engine.result()[checked], expected, tolerance)
-    for level, engines in ((top, dense), (2, slim)):
+    for level, engines in ((top, dense), (model.half, slim)):
         for engine in engines:
             expected = networks.static_reference(model, batch, level)
             assert_close(engine.name, engine.result()[checked], expected, plain_tolerance)

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import den
-from benchmarks.cases import RATIOS
 from benchmarks.networks import network
 from benchmarks.worker import Job, Unusable
 from den.blocks import shortcut
@@ -186,7 +185,7 @@ def _nhwc(weight: Tensor) -> Tensor:
 
 def loop(job: Job, threads: int) -> Run:
     """An image at a time through weights that were sliced for each level beforehand."""
-    nets = [_dense_network(job, level) for level in range(len(RATIOS))]
+    nets = [_dense_network(job, level) for level in range(network(job.model).num_levels)]
     net, x, level_NB = nets[0], _images(job), _levels(job)
     paths = [nn.ModuleList(nets[l].blocks[b] for b, l in enumerate(path)) for path in level_NB.tolist()]
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import den
-from benchmarks.cases import RATIOS, TASK
+from benchmarks.cases import RATIOS, RATIOS_OF, TASK
 from den.blocks import ResidualBlock, shortcut
 from den.estimator import Estimator, stem_stride
 
@@ -110,4 +110,4 @@ def dense_step(name: str, x: Tensor, backend: str) -> Step:
 
 def _model(name: str, backend: str) -> den.DEN:
     torch.manual_seed(0)
-    return den.create_model(name, tasks=TASK, ratios=RATIOS, backend=backend).train()
+    return den.create_model(name, tasks=TASK, ratios=RATIOS_OF.get(name, RATIOS), backend=backend).train()

@@ -98,7 +98,7 @@ def test_an_opponent_without_its_package_is_missing() -> None:
 
 def test_every_model_of_the_table_can_be_made() -> None:
     for case in MODELS:
-        assert networks.network(case.name).num_levels == 4
+        assert networks.network(case.name).config["ratios"] == list(case.ratios)
 
 
 class Scripted:

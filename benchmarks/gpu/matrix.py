@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import den
 from benchmarks import networks, torch_engines
-from benchmarks.cases import FULL, MIXES, PAPER, RATIOS, SKIP, TOLERANCE, TOP1, UNIFORM, Mix, ModelCase
+from benchmarks.cases import FULL, MIXES, PAPER, SKIP, TOLERANCE, TOP1, UNIFORM, Mix, ModelCase
 from benchmarks.gpu.context import Context, OnDevice, take_turns
 from benchmarks.table import SELECTOR, Row
 from benchmarks.worker import Unusable
@@ -25,7 +25,6 @@ from den.dense import dense
 
 DEN = "den[triton]"
 BATCHES = (1, 8, 32, 64, 256, 1024)
-HALF = 2  # the level of the static slim network
 # Seconds that a row takes at least: captures, the reference, the clock.
 ROW_S = 5.0
 COMPILE_S = 60.0  # and torch.compile, once for a batch size
@@ -175,7 +174,7 @@ class Bench:
         self.case, self.context = case, context
         self.name, self.device, self.dtype = case.model.name, context.device, context.dtype
         self.net = networks.network(self.name)
-        self.cpu_level_NB = case.mix.levels(case.batch, self.net.num_blocks)
+        self.cpu_level_NB = case.mix.levels(case.batch, self.net.num_blocks, case.model.ratios)
         self.level_NB = self.cpu_level_NB.to(self.device)
         self.x = networks.images(case.model, case.batch).to(self.device, self.dtype)
         self.x = self.x.contiguous(memory_format=torch.channels_last)
@@ -236,12 +235,14 @@ class Bench:
 
     def slim(self) -> OnDevice:
         model = _network(self.name, self.device)
-        net = dense(model, level=[HALF] * model.num_blocks, dtype=self.dtype)
-        return OnDevice(f"static slim {RATIOS[HALF]:g}", lambda: net(self.x), self.context)
+        half = self.case.model.half
+        net = dense(model, level=[half] * model.num_blocks, dtype=self.dtype)
+        return OnDevice(f"static slim {self.case.model.ratios[half]:g}", lambda: net(self.x), self.context)
 
     def error(self, engine: OnDevice) -> float:
         """Largest error of an engine's logits over the largest logit, against the specification in float64."""
-        level = self.net.num_levels - 1 if engine.dense else HALF if engine.name.startswith("static slim") else None
+        top, half = self.net.num_levels - 1, self.case.model.half
+        level = top if engine.dense else half if engine.name.startswith("static slim") else None
         wanted = self._expected(level)
         error = (engine.result()[self.rows].double() - wanted).abs().max() / wanted.abs().max()
         return float(error.nan_to_num(float("inf")))

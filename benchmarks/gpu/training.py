@@ -38,7 +38,7 @@ def measure(context: Context, batch: int, mix: str) -> dict[str, Any]:
     """Times of a step, with levels given; {"wrong": ...} where gradients are not those of the per-level loops."""
     case = context.models[0]
     net = networks.network(case.name)
-    level_NB = MIXES[mix].levels(batch, net.num_blocks)
+    level_NB = MIXES[mix].levels(batch, net.num_blocks, case.ratios)
     wrong = _worst_gradient(context, min(batch, 8))
     if wrong:
         return {"wrong": wrong}
@@ -50,7 +50,7 @@ def measure(context: Context, batch: int, mix: str) -> dict[str, Any]:
     for step in steps.values():
         _under_autocast(step, context)
     cost = den.flops(net, level_NB, case.image_size).double().sum()
-    full = den.flops(net, FULL.levels(batch, net.num_blocks), case.image_size).double().sum()
+    full = den.flops(net, FULL.levels(batch, net.num_blocks, case.ratios), case.image_size).double().sum()
     found: dict[str, Any] = {"flop_ratio": (full / cost).item()}
     for kind, graph in (("as it runs", False), ("in a CUDA graph", True)):
         if graph and context.dry:
