@@ -79,10 +79,11 @@ class StaticCalls:
         """Forget what was captured, the sizes of the first call included."""
         self._recorded: dict[tuple, _Recorded] = {}
         self._pool: Any = None
+        self._stream: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A graph belongs to its process and its memory: copies capture their own.
-        return {**self.__dict__, "_recorded": {}, "_pool": None}
+        return {**self.__dict__, "_recorded": {}, "_pool": None, "_stream": None}
 
     def __call__(self, run: Run, tasks: tuple[str, ...], x: Tensor, *others: Tensor | None) -> Outputs:
         """What run(tasks, x, *others) returns, of its own memory.
@@ -123,18 +124,23 @@ class StaticCalls:
         own_x = x.detach().to(self.dtype, copy=True).contiguous(memory_format=torch.channels_last)
         own = own_x, *(None if other is None else other.clone() for other in others)
         if self._capture is None and self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        capture = self._capture or (lambda call: captured(call, x.device, self._pool))
+            # One stream with the pool: the allocator gives a free block only to the stream that it was freed on.
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(x.device)
+        capture = self._capture or (lambda call: captured(call, x.device, self._pool, self._stream))
         return _Recorded(own, *capture(lambda: run(tasks, *own)))
 
 
-def captured(run: Callable[[], Outputs], device: torch.device, pool: Any = None) -> tuple[Callable[[], None], Outputs]:
-    """A run of CUDA work as a graph, warmed up and captured on a stream of its own: how to replay it, and its outputs.
+def captured(
+    run: Callable[[], Outputs], device: torch.device, pool: Any = None, stream: Any = None
+) -> tuple[Callable[[], None], Outputs]:
+    """A run of CUDA work as a graph, warmed up and captured on a side stream: how to replay it, and its outputs.
+
+    pool, stream: of the captures that share memory, which they do on one stream alone; None: of its own.
 
     Raises RuntimeError where the work cannot be captured: something in it waits for the GPU.
     """
     with torch.cuda.device(device):
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream() if stream is None else stream
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UPS):

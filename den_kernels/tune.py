@@ -2,10 +2,10 @@
 
     python -m den_kernels.tune --network wrn_32_4 --batches 1 8 64 256
 
-For every residual block of the network and every batch size, each launch's candidates are timed in turn in a CUDA
-graph of the whole block at evenly mixed levels, after their result was found equal to the heuristic's. The table,
-`tables/<device>.json` of the backend, is rewritten after every launch's search, and what it already holds is not
-searched again: an interrupted run goes on. Nothing is tuned at run time.
+For every residual block of the network and every batch size, each launch's candidates are compiled in parallel and
+timed in turn in a CUDA graph of the whole block at evenly mixed levels, after their result was found equal to the
+heuristic's. The table, `tables/<device>.json` of the backend, is rewritten after every launch's search, and what it
+already holds is not searched again: an interrupted run goes on. Nothing is tuned at run time.
 
 Suffixes: N samples, C channels, H W space, L levels.
 """
@@ -13,8 +13,10 @@ Suffixes: N samples, C channels, H W space, L levels.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import functools
+import os
 import statistics
 import sys
 import time
@@ -27,12 +29,13 @@ from torch import Tensor
 
 import den_kernels as dk
 from den_kernels.backends import load
-from den_kernels.backends.triton import configs, tile_tables
+from den_kernels.backends.triton import configs, launch, tile_tables
 from den_kernels.backends.triton.configs import Asked, Problem, TileConfig
 
 RATIOS = (0.0, 0.25, 0.5, 1.0)
 # Largest difference of a candidate from the heuristic's tile, over the largest value: another order of summation.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+WORKERS = os.cpu_count() or 1  # that compile
 
 
 class BlockShape(NamedTuple):
@@ -54,6 +57,15 @@ class BlockShape(NamedTuple):
         groups = max(self.groups)
         return tuple(round(ratio * groups) * (self.hidden_channels // groups) if groups > 1
                      else int(ratio * self.hidden_channels) for ratio in RATIOS)  # fmt: skip
+
+    @property
+    def name(self) -> str:
+        """In words; another for each shape."""
+        channels = f"{self.in_channels} to {self.hidden_channels} to {self.out_channels}, {self.size}x{self.size}"
+        parts = (("kernels", self.kernels), ("strides", self.strides), ("groups", self.groups))
+        form = [f"{part} {'-'.join(map(str, values))}" for part, values in parts]
+        form += ["pre-activation"] * self.preactivation + ["projection"] * self.projection
+        return ", ".join([channels, *form])
 
 
 def _wide(factor: int) -> list[BlockShape]:
@@ -160,7 +172,7 @@ def median_us(call: Callable[[], object], device: torch.device, rep_ms: float = 
 
 
 class Found(NamedTuple):
-    """The outcome of one launch's search."""
+    """The outcome of one launch's search. complete: whether there was time to try every candidate."""
 
     tile: TileConfig
     us: float
@@ -168,22 +180,35 @@ class Found(NamedTuple):
     heuristic_us: float
     tried: int
     refused: int
+    complete: bool
 
 
 def search(
-    call: Callable[[], Tensor], problem: Problem, asked: Asked, best: dict[Problem, TileConfig], device
+    call: Callable[[], Tensor],
+    problem: Problem,
+    asked: Asked,
+    best: dict[Problem, TileConfig],
+    device: torch.device,
+    deadline: float = float("inf"),
 ) -> Found:
-    """The fastest tile of one launch of `call`, the others as in `best`: first the blocks, then warps and stages."""
+    """The fastest tile of one launch of `call`, the others as in `best`: first the blocks, then warps and stages.
+
+    deadline: of `time.monotonic`, when the best so far is taken.
+    """
     with configs.searching({**best, problem: asked.tile}):
         expected = call()
         baseline = median_us(call, device)
-    times, refused = {asked.tile: baseline}, 0
+    times, refused, complete = {asked.tile: baseline}, 0, True
 
     def consider(tiles: Sequence[TileConfig]) -> TileConfig:
-        nonlocal refused
-        for tile in tiles:
-            if tile in times:
-                continue
+        nonlocal refused, complete
+        new = [tile for tile in tiles if tile not in times]
+        for i, tile in enumerate(new):
+            if time.monotonic() > deadline:
+                complete = False
+                break
+            if i % WORKERS == 0:
+                _compile(call, problem, new[i : i + WORKERS], best)
             us = _measured(call, problem, tile, best, expected, device)
             refused += us is None
             if us is not None:
@@ -192,18 +217,29 @@ def search(
 
     winner = consider(configs.candidates(asked.facts))
     winner = consider(configs.variations(winner, asked.facts.kind))
-    return Found(winner, times[winner], asked.tile, baseline, len(times), refused)
+    return Found(winner, times[winner], asked.tile, baseline, len(times), refused, complete)
 
 
-def _measured(call, problem: Problem, tile: TileConfig, best, expected: Tensor, device) -> float | None:
-    """Microseconds with this tile; None where the GPU cannot run it. Raises RuntimeError for a wrong result."""
-    import triton
+def _compile(call: Callable[[], Tensor], problem: Problem, tiles: Sequence[TileConfig], best) -> None:
+    """Compile the kernels of these tiles in parallel; one that cannot be is met again, and refused, by `_measured`."""
+    with contextlib.suppress(Exception), launch.compiling(WORKERS):
+        for tile in tiles:
+            with configs.searching({**best, problem: tile}):
+                call()
 
+
+def _measured(call, problem: Problem, tile: TileConfig, best, expected: Tensor, device: torch.device) -> float | None:
+    """Microseconds with this tile; None where it cannot be compiled, or the GPU cannot run it.
+
+    Raises RuntimeError for a wrong result, or where an error has cost this process its use of the GPU.
+    """
     with configs.searching({**best, problem: tile}):
         try:
             result = call()
-        except (triton.TritonError, torch.cuda.OutOfMemoryError):
-            return None  # more shared memory or registers than there are
+        except Exception:  # the compiler's own are of many kinds
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # raises where the GPU is lost
+            return None
         error = ((result.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
         if not error <= TOLERANCE[expected.dtype]:
             raise RuntimeError(f"{problem.key}: {tile} is off by {error:.1e} of the largest value; nothing was written")
@@ -223,7 +259,9 @@ class Table:
             self.content = tile_tables.read(self.path)
 
     def __contains__(self, problem: Problem) -> bool:
-        return problem.key in self.content["entries"]
+        """Whether nothing is left to search."""
+        entry = self.content["entries"].get(problem.key)
+        return entry is not None and entry.get("complete", True)
 
     def tile(self, problem: Problem) -> TileConfig:
         return TileConfig(**self.content["entries"][problem.key]["tile"])
@@ -238,6 +276,7 @@ class Table:
             "heuristic": found.heuristic._asdict(),
             "heuristic_us": round(found.heuristic_us, 2),
             "tried": found.tried,
+            "complete": found.complete,
             "torch": torch.__version__,
             "triton": triton.__version__,
             "date": datetime.date.today().isoformat(),
@@ -255,23 +294,26 @@ def tune(
 ) -> Iterator[tuple[Problem, Found | None]]:
     """Search what the table lacks, batch by batch; yields each launch, with None for one that it had.
 
-    deadline: of `time.monotonic`; the search of a launch that would begin behind it is left out.
+    deadline: of `time.monotonic`; what a search has found by then is kept, and the next run makes it anew.
     """
     for samples in batches:
         for shape in shapes:
+            if time.monotonic() > deadline:
+                return
             call = BlockCall(shape, samples, dtype, device)
-            with configs.searching({}) as asked:
+            with launch.compiling(WORKERS), configs.searching({}) as asked:
                 call()
             best = {problem: table.tile(problem) for problem in asked if problem in table}
-            for problem, launch in asked.items():
+            for problem, told in asked.items():
                 if problem in best:
                     yield problem, None
                     continue
                 if time.monotonic() > deadline:
                     return
-                found = search(call, problem, launch, best, device)
+                found = search(call, problem, told, best, device, deadline)
                 best[problem] = found.tile
-                table.add(problem, found)
+                if found.complete or found.tried > 1:
+                    table.add(problem, found)
                 yield problem, found
 
 
@@ -281,7 +323,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--network", nargs="+", choices=NETWORKS, default=["wrn_32_4"], help="whose blocks")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64, 256], help="batch sizes, first ones first")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no search behind these")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="for everything; a search that is cut is made anew"
+    )
     parser.add_argument("--out", type=Path, default=tile_tables.FOLDER, help="folder of the tables (the package's own)")
     options = parser.parse_args(arguments)
     if min(options.batches) < 1:

@@ -18,15 +18,23 @@ TWO_TASKS = {"a": 5, "b": 3}
 
 
 def live_in(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give every norm random statistics and affine, so that none of them is the identity."""
-    generator = torch.Generator().manual_seed(seed)
+    """Give every norm random statistics and affine, so that none of them is the identity.
+
+    Drawn on the CPU and copied to wherever the model is: a CPU's generator draws nowhere else.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+
+    def memory(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.shape, device="cpu")
+
     with torch.no_grad():
         for module in model.modules():
             if isinstance(getattr(module, "running_mean", None), Tensor):
-                module.running_mean.normal_(0, 0.3, generator=generator)
-                module.running_var.uniform_(0.5, 2, generator=generator)
-                module.weight.uniform_(0.5, 1.5, generator=generator)
-                module.bias.normal_(0, 0.3, generator=generator)
+                mean, var, weight, bias = module.running_mean, module.running_var, module.weight, module.bias
+                mean.copy_(memory(mean).normal_(0, 0.3, generator=generator))
+                var.copy_(memory(var).uniform_(0.5, 2, generator=generator))
+                weight.copy_(memory(weight).uniform_(0.5, 1.5, generator=generator))
+                bias.copy_(memory(bias).normal_(0, 0.3, generator=generator))
     return model.eval()
 
 

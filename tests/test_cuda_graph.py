@@ -195,3 +195,18 @@ def test_a_selector_that_waits_is_found():
     frozen = den.freeze(wrn(backend="triton", selector=Waiting()).to("meta"), backend="triton")
     with pytest.raises(WAITS):
         frozen(torch.empty(2, 3, 8, 8, device="meta"))
+
+
+def test_captures_share_one_pool_and_one_stream(monkeypatch):
+    """The allocator gives a pool's free block only to the stream that it was freed on."""
+    used = []
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    monkeypatch.setattr("den.cuda_graph.captured", lambda run, device, *shared: (used.append(shared), repeated(run))[1])
+    calls = StaticCalls((1, 2), torch.float32)
+    for n in (1, 2):
+        calls(lambda tasks, x: (x + 1,), ("a",), torch.zeros(n, 3, 4, 4))
+    assert len(used) == 2
+    assert used[0] == used[1]
+    assert None not in used[0]
+    assert copy.deepcopy(calls)._stream is None

@@ -114,3 +114,11 @@ def test_the_shapes_of_a_network_are_its_blocks(name):
         assert blocks[-1].widths == block.widths
         size //= block.stride
     assert set(tune.NETWORKS[name]()) == set(blocks)
+
+
+def test_every_shape_has_a_name_of_its_own():
+    shapes = {shape for make in tune.NETWORKS.values() for shape in make()}
+    assert len({shape.name for shape in shapes}) == len(shapes)
+    assert tune.BlockShape(64, 64, 256, 56, (1, 3, 1), (1, 2, 1), (1, 4, 1), True, True).name == (
+        "64 to 64 to 256, 56x56, kernels 1-3-1, strides 1-2-1, groups 1-4-1, pre-activation, projection"
+    )

@@ -10,7 +10,7 @@ import os
 
 import pytest
 import torch
-from den_cases import TWO_TASKS, image_shape, resnet, resnext, vary_paths, wrn
+from den_cases import TWO_TASKS, bottleneck, image_shape, resnet, resnext, vary_paths, vgg, wrn
 
 import den
 import den_kernels as dk
@@ -23,6 +23,7 @@ GPU = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs an NVIDIA GPU")
 OPS = torch.ops.den_kernels
 WIDTHS = (0, 8, 16, 32)
 GEOMETRY = ((1, 1), (1, 1), (1, 1), 1)
+MAKERS = (wrn, resnet, resnext, bottleneck, vgg)
 
 
 @pytest.fixture(autouse=True)
@@ -102,14 +103,13 @@ def test_opcheck_blocks_and_plan():
     torch.library.opcheck(OPS.plan.default, (torch.randint(0, 4, (5, 3)), 4))
 
 
-@pytest.mark.parametrize("make", [wrn, resnet, resnext])
+@pytest.mark.parametrize("make", MAKERS)
 def test_a_frozen_model_gives_the_models_logits(make):
     """All of it at once: stem, selector, plan, blocks, tail."""
-    small = dict(zip(("size",), image_shape(make)[1:], strict=False))
     model = make(TWO_TASKS, task_norm="per_task").to(DEVICE)
     frozen = den.freeze(model, backend="triton")
-    x = _random(2 if DEVICE.type == "cpu" else 9, 3, small["size"], small["size"])
-    level = torch.arange(len(x) * model.num_blocks).view(len(x), -1) % 4
+    x = _random(2 if DEVICE.type == "cpu" else 9, *image_shape(make))
+    level = torch.arange(len(x) * model.num_blocks).view(len(x), -1) % model.num_levels
     wanted = model.double()(x.double(), "b", level).logits
     torch.testing.assert_close(frozen(x, "b", level).logits.double(), wanted, rtol=1e-3, atol=1e-3)
 
@@ -130,7 +130,7 @@ def test_a_graph_replays_right_with_other_levels():
 
 
 @GPU
-@pytest.mark.parametrize("make", [wrn, resnet, resnext])
+@pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_frozen_model_in_a_cuda_graph(make, dtype):
     model = make(TWO_TASKS, task_norm="per_task").to(DEVICE)
@@ -144,7 +144,7 @@ def test_a_frozen_model_in_a_cuda_graph(make, dtype):
             ours, theirs = graphed(x, task), plain(x, task)
             assert torch.equal(ours.level, theirs.level)
             assert torch.equal(ours.logits, theirs.logits)
-            level = torch.randint(4, (batch, model.num_blocks))
+            level = torch.randint(model.num_levels, (batch, model.num_blocks))
             assert torch.equal(graphed(x, task, level).logits, plain(x, task, level).logits)
             paths |= {tuple(path) for path in ours.level.tolist()}
     assert len(paths) > 1, "the images took one path: nothing was shown"

@@ -17,6 +17,8 @@ from den_kernels import reference
 from den_kernels.backends import triton as backend
 from den_kernels.backends.triton import block as block_planner
 from den_kernels.backends.triton import configs, launch
+from den_kernels.fused import FusedResidualBlock
+from den_kernels.fused_conv import FusedConv2d
 from den_kernels.plan import plan_levels
 
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
@@ -386,3 +388,25 @@ def test_a_map_that_is_not_channels_last_is_refused():
     x = _random(2, block.channels, 4, 4)
     with pytest.raises(ValueError, match="x must be channels_last"):
         block.run(x, torch.zeros(2, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("name", ["triton", "grouped", "reference"])
+@pytest.mark.parametrize("size", [1, 3])
+def test_fused_layers_keep_copies_of_their_weights(name, size):
+    """Of 1x1 filters and of channels_last ones too, where packing has nothing to move."""
+    level = torch.tensor([1, 0], dtype=torch.int32)
+    order = torch.arange(2, dtype=torch.int32)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        weights = [_random(16, 16, size, size, seed=s).contiguous(memory_format=layout) for s in range(2)]
+        tables = [torch.ones(1, 2, 16), torch.zeros(1, 2, 16)]
+        layer = FusedConv2d(weights[0], *tables, backend=name)
+        block = FusedResidualBlock(weights, [tables[0]] * 2, [tables[1]] * 2, [0, 16], strides=[1, 1], backend=name)
+        x = _map(2, 16, 4, 4)
+
+        def results(x=x, layer=layer, block=block):
+            return layer(x, level, order), *(getattr(part, key) for part in (layer, block) for key in part.packed())
+
+        before = [result.clone() for result in results()]
+        for weight in weights:
+            weight.zero_()
+        assert all(torch.equal(now, then) for now, then in zip(results(), before, strict=True))

@@ -56,6 +56,53 @@ def test_nothing_begins_behind_the_deadline(tmp_path):
 
 
 @pytest.mark.usefixtures("_few_candidates")
+def test_a_search_that_is_cut_keeps_its_best_and_is_made_anew(tmp_path, monkeypatch):
+    now, honest = [0.0], tune._measured
+
+    def measured(*told):
+        now[0] += 1
+        return honest(*told)
+
+    monkeypatch.setattr(tune, "_measured", measured)
+    monkeypatch.setattr(tune.time, "monotonic", lambda: now[0])
+    ((problem, found),) = _tune(tmp_path, deadline=0.5)
+    assert (found.complete, found.tried, now) == (False, 2, [1.0])
+    table = tune.Table(tmp_path, CPU)
+    assert table.tile(problem) == found.tile
+    assert problem not in table
+    again = _tune(tmp_path)
+    assert [outcome.complete for _, outcome in again] == [True, True]
+    assert problem in tune.Table(tmp_path, CPU)
+
+
+@pytest.mark.usefixtures("_few_candidates")
+def test_a_tile_that_cannot_be_compiled_is_refused(tmp_path, monkeypatch):
+    honest = tune.BlockCall.__call__
+
+    def compiled(self):
+        if any(tile.num_warps == 8 for tile in configs._search.get()[0].values()):
+            raise RuntimeError("PassManager::run failed")
+        return honest(self)
+
+    monkeypatch.setattr(tune.BlockCall, "__call__", compiled)
+    for _, found in _tune(tmp_path):
+        assert found.refused == 1
+        assert found.tried >= 2
+        assert found.tile.num_warps == 4
+
+
+@pytest.mark.usefixtures("_few_candidates")
+def test_tiles_are_compiled_before_they_are_timed(tmp_path, monkeypatch):
+    """In as many threads as there are processors, that many at a time; the interpreter has nothing to compile."""
+    passes, honest = [], tune._compile
+    monkeypatch.setattr(tune, "WORKERS", 2)
+    monkeypatch.setattr(tune, "_compile", lambda *told: passes.append(told[2]) or honest(*told))
+    tried = sum(found.tried - 1 for _, found in _tune(tmp_path))
+    assert sum(map(len, passes)) == tried
+    assert max(map(len, passes)) <= 2
+
+
+@pytest.mark.usefixtures("_few_candidates")
 def test_a_wrong_result_ends_the_search(tmp_path, monkeypatch):
     honest, calls = tune.BlockCall.__call__, []
 

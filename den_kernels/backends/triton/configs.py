@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -63,11 +64,24 @@ def tile(problem: Problem, device: torch.device, facts: Facts) -> TileConfig:
     """The tile of a launch: the device's table says which, or else the heuristic."""
     search = _search.get()
     if search is None:
-        return tile_tables.lookup(problem, device) or choose(**facts._asdict())
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        return _settled(problem, device, facts)
     tried, asked = search
     found = tried.get(problem) or choose(**facts._asdict())
     asked[problem] = Asked(found, facts)
     return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _settled(problem: Problem, device: torch.device, facts: Facts) -> TileConfig:
+    return tile_tables.lookup(problem, device) or choose(**facts._asdict())
+
+
+def reload_tables() -> None:
+    """Read the devices' tables anew at the next launch, after one was written; tiles already chosen are forgotten."""
+    _settled.cache_clear()
+    tile_tables._of_device.cache_clear()
 
 
 # Shared memory of a pipelined tile is about stages * (block_m + block_n) * block_k * bytes: the largest of these takes
@@ -199,6 +213,7 @@ def _pixel_steps(pixels: int, sizes: tuple[int, ...]) -> tuple[int, bool]:
     return (fitting[-1], False) if fitting else (sizes[-1], True)
 
 
+@functools.lru_cache(maxsize=4096)
 def choose_weight_gradient(
     kind: str, *, pixels: int, outputs: int, inputs: int, vectors: bool
 ) -> tuple[TileConfig, bool]:
@@ -215,6 +230,7 @@ def choose_weight_gradient(
     return make(block_m, block_n, block_k, True), packed
 
 
+@functools.lru_cache(maxsize=4096)
 def group_span(group_in: int, group_out: int, groups: int) -> int:
     """How many groups one tile takes as a block-diagonal product, so that narrow groups fill a 16-wide operand."""
     fitting = [n for n in range(1, groups + 1) if groups % n == 0 and n * max(group_in, group_out) <= 16]

@@ -46,8 +46,9 @@ class _Plan:
         check_indexable(x[0], x)
         lanes = min(64, max(16, 1 << (self.channels - 1).bit_length()))
         self.tile = Sweep(min(64, max(16, 1 << (self.pixels - 1).bit_length())), lanes, 4)
-        # A sum over the samples has few programs (rows by tiles of channels): narrow ones, so that there are more.
-        self.sum_tile = Sweep(64, 16, 4)
+        # A sum over the samples has few programs (rows by tiles of channels): narrow ones, so that there are more, and
+        # many samples at a time, so that each waits for few loads.
+        self.sum_tile = Sweep(min(256, max(16, 1 << (self.samples - 1).bit_length())), 16, 4)
         self.tiles = -(-self.channels // lanes)
         self.sum_tiles = -(-self.channels // 16)
         self.tiles_p = -(-self.pixels // self.tile.block_rows)

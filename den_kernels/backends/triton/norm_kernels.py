@@ -69,7 +69,7 @@ def moments_kernel(
     x_ptr += sample.to(tl.int64) * (pixels * channels)
     mean_C = tl.zeros((BLOCK_CHANNELS,), tl.float32)
     square_C = tl.zeros((BLOCK_CHANNELS,), tl.float32)
-    for start in range(0, pixels, BLOCK_ROWS):
+    for start in tl.range(0, pixels, BLOCK_ROWS, num_stages=3):  # without a dot, pipelined only if told
         pixel_P = start + tl.arange(0, BLOCK_ROWS)
         x_PC = load_active(x_ptr, pixel_P, channel_C, limit, pixels, channels, GRANULE)
         here = tl.minimum(pixels - start, BLOCK_ROWS).to(tl.float32)
@@ -234,7 +234,7 @@ def gradient_sums_kernel(
     offset = sample.to(tl.int64) * (pixels * channels)
     sum_C = tl.zeros((BLOCK_CHANNELS,), tl.float32)
     product_C = tl.zeros((BLOCK_CHANNELS,), tl.float32)
-    for start in range(0, pixels, BLOCK_ROWS):
+    for start in tl.range(0, pixels, BLOCK_ROWS, num_stages=3):  # without a dot, pipelined only if told
         grad_PC, centred_PC = masked_gradient(
             grad_ptr + offset, x_ptr + offset, start + tl.arange(0, BLOCK_ROWS), channel_C, limit, pixels, channels,
             mean_C, scale_C, bias_C, RELU, GRANULE,
