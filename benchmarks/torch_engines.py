@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import den
+import den_kernels as dk
 from benchmarks.networks import network
 from benchmarks.worker import Job, Unusable
 from den.blocks import shortcut
@@ -52,12 +53,17 @@ def _levels(job: Job) -> Tensor:
 
 @functools.cache
 def _frozen(model: str, dtype: torch.dtype, backend: str, options: tuple[tuple[str, Any], ...]) -> den.FrozenDEN:
-    """The product's inference form; every block of it is found to run on the backend that was asked for."""
+    """The product's inference form, on the backend that was asked for."""
     fast = den.freeze(network(model), dtype=dtype, backend=backend, **dict(options))
-    ran = {block.backend for part in (fast, fast.selector) for block in cast(nn.ModuleList, part.blocks)}
+    check_backend(fast, backend)
+    return fast
+
+
+def check_backend(fast: den.FrozenDEN, backend: str) -> None:
+    """Raise RuntimeError unless every fused layer, the selector's included, runs on the backend that was asked for."""
+    ran = {m.backend for m in fast.modules() if isinstance(m, (dk.FusedResidualBlock, dk.FusedConv2d))}
     if ran != {backend}:
         raise RuntimeError(f"asked for backend {backend!r}, but the blocks run on {ran}")
-    return fast
 
 
 def den_frozen(job: Job, threads: int) -> Run:

@@ -96,8 +96,9 @@ def targets(batch: int) -> Tensor:
 
 
 def elastic_step(name: str, x: Tensor, level_NB: Tensor, backend: str, dtype: torch.dtype = torch.float32) -> Step:
-    """The DEN at given levels, every convolution and norm on the given backend, where x is."""
+    """The DEN at given levels, channels_last, every convolution and norm on the given backend, where x is."""
     estimator = _model(name, backend).to(x.device, dtype).estimator
+    estimator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = x.to(dtype)
     return Step(estimator, lambda: estimator(x, level_NB, next(iter(TASK))), targets(len(x)).to(x.device))
 

@@ -5,15 +5,25 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from benchmarks import gpu_validate
-from benchmarks.gpu import checks, results, table
+import den
+import den_kernels as dk
+from benchmarks import cases, gpu_validate, networks, torch_engines, training
+from benchmarks.gpu import checks, context, cudnn_fused, matrix, processes, results, table
+from benchmarks.gpu import training as gpu_training
 from benchmarks.table import SELECTOR, Row, Time
+from den.dense import dense
+from den_kernels.backends import load
 from den_kernels.backends.triton import tile_tables
+from tests.den_cases import MAKERS, bottleneck, conv_net, image_shape, resnet, wrn
 
 ROOT = Path(__file__).resolve().parents[1]
 pytest.importorskip("triton")
@@ -48,11 +58,13 @@ def test_a_dry_run_from_end_to_end(tmp_path):
     (finding,), (peers,) = stages["matrix"].values(), stages["peers"].values()
     assert {"den[triton]", "den[triton]" + SELECTOR} < set(finding["cold"]["times"])
     assert {"den[triton]", "masked dense", "den[grouped]", "static slim 0.5"} < set(peers["cold"]["times"])
-    assert not {**finding["wrong"], **peers["wrong"], **peers["left_out"]}
+    no_gpu = {"cudnn_fused": "cuDNN is for NVIDIA GPUs alone"}
+    assert finding["left_out"] == peers["left_out"] == no_gpu
+    assert not {**finding["wrong"], **peers["wrong"], **finding["notes"]}
     (row,) = table.rows(content)
     assert all(time.ms > 0 for time in row.times.values())
     (finding,) = stages["compiled"].values()
-    assert finding["left_out"] == {"compiled": "no compiler in a dry run"}
+    assert finding["left_out"] == {**no_gpu, "compiled": "no compiler in a dry run"}
     assert finding["wrong"] == {}
     (layer,) = stages["layers"].values()
     assert [launch["kernel"] for launch in layer["launches"]] == ["hidden_kernel", "last_kernel"]
@@ -61,6 +73,8 @@ def test_a_dry_run_from_end_to_end(tmp_path):
     assert step["as it runs"]["ms"] > 0
     tiles = tile_tables.read(tmp_path / stages["tuning"]["table"])
     assert len(tiles["entries"]) == stages["tuning"]["entries"] == 2
+    (searched,) = (finding for finding in stages["tuning"].values() if isinstance(finding, dict))
+    assert set(searched) == set(tiles["entries"])
 
     again = validate(tmp_path, "--dry-run", "--stages", "matrix", "layers")
     assert again.returncode == 0
@@ -98,6 +112,270 @@ def test_what_is_cut_goes_on_and_what_fails_is_told(tmp_path, monkeypatch, capsy
     assert gpu_validate.run_stage("training", tmp_path, 100, dry=True) == 1
     assert "illegal memory access" in results.read(tmp_path / "results.json")["status"]["training"]
     torch.set_grad_enabled(enabled)
+
+
+def _context(folder: Path, dry: bool = True) -> context.Context:
+    cpu = torch.device("cpu")
+    return context.Context(cpu, dry, results.Results(folder, results.conditions(cpu, dry)), time.monotonic() + 100)
+
+
+def test_a_case_that_fails_costs_the_others_nothing(tmp_path):
+    def fails() -> dict:
+        raise ValueError("out of resource: shared memory")
+
+    def out_of_memory() -> dict:
+        raise torch.cuda.OutOfMemoryError
+
+    ran = []
+    work = {
+        "bad": fails,
+        "large": out_of_memory,
+        "good": lambda: ran.append("good") or {"error": 0.0},
+        "late": lambda: None,
+        "last": lambda: ran.append("last") or {},
+    }
+    told = _context(tmp_path)
+    assert not told.each("layers", work, lambda key: 0.0)
+    found = {
+        "bad": {"failed": "ValueError('out of resource: shared memory')"},
+        "large": {"left_out": "out of memory"},
+        "good": {"error": 0.0},
+    }
+    assert results.read(tmp_path / "results.json")["stages"]["layers"] == found
+    work["late"] = dict
+    again = _context(tmp_path)
+    assert again.each("layers", work, lambda key: 0.0)
+    assert ran == ["good", "last"]
+    assert table.failed(again.results.content) == ["layers, bad: ValueError('out of resource: shared memory')"]
+    assert "FAILED: layers, bad: ValueError" in table.text(again.results.content)
+    assert gpu_validate.report(tmp_path) == 1
+    assert again.each("layers", {"new": dict}, lambda key: 200.0) is False
+
+
+def test_a_case_that_ends_its_process_is_tried_once_more_behind_the_others(tmp_path):
+    ran = []
+
+    def ends() -> dict:
+        ran.append("ends")
+        raise KeyboardInterrupt
+
+    work = {"ends": ends, "other": lambda: ran.append("other") or {}}
+    with pytest.raises(KeyboardInterrupt):
+        _context(tmp_path).each("layers", work, lambda key: 0.0)
+    assert results.read(tmp_path / "results.json")["stages"]["layers"] == {"ends": context.ENDED}
+    with pytest.raises(KeyboardInterrupt):
+        _context(tmp_path).each("layers", work, lambda key: 0.0)
+    assert _context(tmp_path).each("layers", work, lambda key: 0.0)
+    assert ran == ["ends", "other", "ends"]
+    assert results.read(tmp_path / "results.json")["stages"]["layers"]["ends"] == context.ENDED_AGAIN
+
+
+def test_a_lost_gpu_ends_the_process_and_the_next_goes_on(tmp_path, monkeypatch):
+    def illegal() -> dict:
+        monkeypatch.setattr(context.Context, "synchronize", lost)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def lost(self) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    work = {"illegal": illegal, "other": dict}
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        _context(tmp_path).each("layers", work, lambda key: 0.0)
+    monkeypatch.undo()
+    following = _context(tmp_path)
+    assert set(following.results.stage("layers")) == {"illegal"}
+    assert following.each("layers", work, lambda key: 0.0)
+    assert "illegal memory access" in following.results.stage("layers")["illegal"]["failed"]
+
+
+@pytest.mark.parametrize(("statuses", "starts"), [([0], 1), ([None], 1), ([1, 1, 1], 2), ([-11, 0], 2)])
+def test_a_stage_that_fails_is_started_once_more(tmp_path, monkeypatch, statuses, starts):
+    budgets, left = [], iter(statuses)
+    monkeypatch.setattr(gpu_validate, "start_process", lambda *told: budgets.append(told[2]) or next(left))
+    gpu_validate.run_process("layers", tmp_path, 100.0, True)
+    assert len(budgets) == starts
+    assert budgets == sorted(budgets, reverse=True)
+    left = iter([1])
+    gpu_validate.run_process("layers", tmp_path, gpu_validate.LEAST_S, True)
+    assert len(budgets) == starts + 1
+
+
+# A process that starts another in a session of its own, tells of it, and hangs as that does.
+HANGS = """
+import subprocess, sys, time
+other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"], start_new_session=True)
+open({path!r}, "w").write(str(other.pid))
+time.sleep(100)
+"""
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def _assert_ended(path: Path) -> None:
+    pid = int(path.read_text())
+    for _ in range(100):
+        if not _runs(pid):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"process {pid} runs on")
+
+
+def test_what_a_hanging_process_started_ends_with_it(tmp_path):
+    path = tmp_path / "pid"
+    with pytest.raises(subprocess.TimeoutExpired):
+        processes.run([sys.executable, "-c", HANGS.format(path=str(path))], 3.0)
+    _assert_ended(path)
+    done = processes.run([sys.executable, "-c", "print(1); exit(3)"], 60.0, text=True, stdout=subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (3, "1\n")
+
+
+def test_what_a_hanging_stage_started_ends_with_it(tmp_path, monkeypatch, capsys):
+    path, program = tmp_path / "pid", tmp_path / "python"
+    program.write_text(f"#!{sys.executable}\n{HANGS.format(path=str(path))}")
+    program.chmod(0o755)
+    monkeypatch.setattr(gpu_validate.sys, "executable", str(program))
+    monkeypatch.setattr(gpu_validate, "GRACE_S", 2.0)
+    assert gpu_validate.start_process("checks", tmp_path, 1.0, True) is None
+    assert "checks: ended" in capsys.readouterr().out
+    _assert_ended(path)
+
+
+def test_a_sanitizer_that_refuses_the_device_is_left_out(tmp_path, monkeypatch):
+    """In a GPU's place, a program with compute-sanitizer's words and status."""
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(
+        "#!/bin/sh\necho '========= Error: Device not supported. Please refer to the docs.' >&2\nexit 1\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    told = _context(tmp_path)
+    told.device = torch.device("cuda")
+    assert checks._sanitize("memcheck", told) == {"left_out": "compute-sanitizer: device not supported"}
+    program.write_text("#!/bin/sh\necho '========= ERROR SUMMARY: 1 error'\nexit 9\n")
+    assert checks._sanitize("memcheck", told)["status"] == 9
+
+
+def test_the_sanitizers_cases_exist():
+    assert {f"tests/triton_{name}" for name in checks.SMALL} <= set(checks._collect())
+
+
+class OneDevice(TorchFunctionMode):
+    """As a GPU: a generator fills tensors of its own device alone."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        generator = (kwargs or {}).get("generator")
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        if generator is not None and any(tensor.device.type != generator.device.type for tensor in tensors):
+            raise RuntimeError(f"Expected a {tensors[0].device.type!r} device type for generator")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_the_device_tests_networks_are_made_where_tensors_are_made(make):
+    with torch.device("meta"), OneDevice():
+        assert {parameter.device.type for parameter in make().parameters()} == {"meta"}
+
+
+@pytest.mark.skipif(load("cpu").unavailable() is not None, reason="no C++ extension")
+@pytest.mark.parametrize("case", cases.MODELS, ids=lambda case: case.name)
+def test_every_model_of_the_benchmarks_can_be_frozen_for_them(case):
+    fast = torch_engines._frozen.__wrapped__(case.name, torch.float32, "cpu", ())
+    assert isinstance(fast, den.FrozenDEN)
+    fused = [m for m in fast.modules() if isinstance(m, (dk.FusedResidualBlock, dk.FusedConv2d))]
+    fused[-1].backend = "grouped"
+    with pytest.raises(RuntimeError, match="asked for backend 'cpu', but the blocks run on"):
+        torch_engines.check_backend(fast, "cpu")
+
+
+def _convolution_relu(x, weight, bias, stride, padding, dilation, groups):
+    return F.relu(F.conv2d(x, weight, bias, stride, padding, dilation, groups))
+
+
+def _convolution_add_relu(x, weight, z, alpha, bias, stride, padding, dilation, groups):
+    return F.relu(F.conv2d(x, weight, bias, stride, padding, dilation, groups) + alpha * z)
+
+
+@pytest.mark.parametrize("make", [wrn, resnet, bottleneck])
+def test_the_network_of_cudnns_fused_convolutions_is_the_dense_one(make, monkeypatch):
+    """With what cuDNN's operators are documented to compute in their place."""
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", _convolution_relu)
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", _convolution_add_relu)
+    model = make()
+    x = torch.randn(2, *image_shape(make))
+    with torch.no_grad():
+        torch.testing.assert_close(cudnn_fused.fuse(dense(model))(x), dense(model)(x))
+    with pytest.raises(matrix.Unusable, match="residual blocks"):
+        cudnn_fused.fuse(dense(conv_net()))
+
+
+@pytest.mark.parametrize("captures", [True, False])
+def test_a_compiled_network_is_timed_in_our_graph_or_else_in_its_own(tmp_path, monkeypatch, captures):
+    modes = []
+
+    def on_device(name, run, told, *, dense, graph=True):
+        if graph and not captures:
+            raise RuntimeError("this cannot be captured")
+        return graph
+
+    monkeypatch.setattr(matrix, "_compiled", lambda *told: modes.append(told[-1]) or torch.nn.Identity())
+    monkeypatch.setattr(matrix, "OnDevice", on_device)
+    case = matrix.Case(cases.ModelCase(networks.SMALLEST, 8, (1,)), 1, cases.TOP1, "compiled")
+    bench = matrix.Bench(case, _context(tmp_path, dry=False))
+    assert bench.compiled() is captures
+    assert modes == ["max-autotune-no-cudagraphs"] + ["max-autotune"] * (not captures)
+    assert ("torch.compile max-autotune" in bench.notes) is not captures
+
+
+@pytest.mark.parametrize(("name", "size", "passes"), [(networks.SMALLEST, 8, 1), ("vgg_16", 32, 0)])
+def test_kernels_are_compiled_by_a_pass_that_reads_nothing_undefined(tmp_path, monkeypatch, name, size, passes):
+    """A fused convolution looks widths up by the plan's levels, which such a pass does not make."""
+    ran = []
+    monkeypatch.setattr(matrix, "_frozen", lambda name, *told: den.freeze(networks.network(name), backend="grouped"))
+    monkeypatch.setattr(matrix, "compile_kernels", lambda work: ran.append(work()))
+    ratios = cases.RATIOS_OF.get(name, cases.RATIOS)
+    case = matrix.Case(cases.ModelCase(name, size, (1,), ratios), 1, cases.FULL, "matrix")
+    matrix.Bench(case, _context(tmp_path)).compile_kernels()
+    assert len(ran) == passes
+
+
+def test_gradients_are_checked_once_against_exact_convolutions(monkeypatch):
+    """TF32, cuDNN's default, is off by more than the kernels are allowed to be."""
+    allowed = []
+
+    class Step:
+        network = torch.nn.Linear(1, 1)
+
+        def gradients(self):
+            allowed.append((torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark))
+            return [torch.ones(1), torch.zeros(1)]
+
+    monkeypatch.setattr(training, "elastic_step", lambda *told: Step())
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    case = cases.ModelCase(networks.SMALLEST, 8, (1,))
+    gpu_training._worst_gradient.cache_clear()
+    for _ in range(3):
+        assert gpu_training._worst_gradient(case, 2, "uniform", torch.device("cpu")) is None
+    assert allowed[1:] == [(False, False)] * 2  # the first is the pass that only compiles
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark) == (True, True)
+    gpu_training._worst_gradient.cache_clear()
+
+
+def test_both_networks_of_a_training_step_are_channels_last():
+    x = torch.randn(2, 3, 8, 8)
+    level_NB = torch.ones(2, 3, dtype=torch.int64)
+    for step in (
+        training.elastic_step("wrn_8_1", x, level_NB, "grouped"),
+        training.dense_step("wrn_8_1", x, "grouped"),
+    ):
+        maps = [p for p in step.network.parameters() if p.dim() == 4]
+        assert maps
+        assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in maps)
 
 
 def test_results_of_another_device_are_not_mixed(tmp_path):

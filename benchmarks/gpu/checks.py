@@ -16,8 +16,10 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, STDOUT
 from typing import Any
 
+from benchmarks.gpu import processes
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.results import ROOT
 
@@ -32,6 +34,7 @@ SMALL = (
 )
 TOOLS = ("memcheck", "racecheck")
 TOOL_S = 60.0
+UNSUPPORTED = "Device not supported"  # compute-sanitizer, in some virtual machines
 CHUNK = 16  # cases of one process
 DRY = ("test_conv2d[1x1-in-fp32]", "test_repeats_bit_for_bit[conv2d]")
 
@@ -79,7 +82,7 @@ def _run_chunk(names: Sequence[str], context: Context) -> dict[str, str]:
         # Without -x: one failure says little about the other cases.
         command = [*PYTEST, f"--junitxml={report}", *names]
         try:
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False, timeout=max(1.0, context.left()))
+            done = processes.run(command, max(1.0, context.left()), cwd=ROOT, stdout=DEVNULL, stderr=DEVNULL)
         except subprocess.TimeoutExpired:
             return {}
         if report.exists():
@@ -116,12 +119,14 @@ def _sanitize(tool: str, context: Context) -> dict[str, Any]:
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     begun = time.monotonic()
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-            timeout=max(1.0, min(TOOL_S, context.left())),
+        done = processes.run(
+            command, max(1.0, min(TOOL_S, context.left())),
+            cwd=ROOT, env=environment, text=True, stdout=PIPE, stderr=STDOUT,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return {"left_out": f"not finished within {time.monotonic() - begun:.0f} s"}
+    if UNSUPPORTED in done.stdout:
+        return {"left_out": f"compute-sanitizer: {UNSUPPORTED.lower()}"}
     return {"status": done.returncode, "seconds": time.monotonic() - begun, "tail": done.stdout[-800:]}
 
 

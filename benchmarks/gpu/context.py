@@ -1,13 +1,18 @@
-"""What every stage of a GPU run is given: device, scale, clock and results; and how an engine runs and is timed there.
+"""What every stage of a GPU run is given: device, scale, clock and results; how its cases are gone through, and how an
+engine runs and is timed there.
 
 A dry run has the same stages on tiny shapes, the kernels in Triton's interpreter on CPU tensors, timed by the clock.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +22,12 @@ from benchmarks.gpu.results import Results
 from benchmarks.networks import SMALLEST
 from benchmarks.table import Time
 from den.cuda_graph import captured
+from den_kernels.backends.triton import launch
 
 ROUNDS = 3
 WARM_RUNS = 30
+# What stands for a case while it runs, and is left where its process ends under it, the first time and the second.
+ENDED, ENDED_AGAIN = {"failed": "its process ended"}, {"failed": "its process ended, twice"}
 
 
 @dataclass
@@ -53,8 +61,63 @@ class Context:
         return self.left() < needed
 
     def synchronize(self) -> None:
+        """Wait for the GPU. Raises RuntimeError where an earlier error has cost this process its use of the GPU."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def each(
+        self, stage: str, cases: Mapping[str, Callable[[], dict[str, Any] | None]], seconds: Callable[[str], float]
+    ) -> bool:
+        """Keep, by key, what each case finds that has no finding yet. Whether nothing is left.
+
+        A case that fails, as of a kernel that cannot be compiled or an illegal access, is kept as {"failed": why} and
+        not met again, so that it costs the others nothing. One that its process ended under, which can be for want of
+        time alone, is tried once more, behind the others. A case returns None where time ran out on it.
+
+        seconds: that a case needs; where they are not left, nothing more begins.
+
+        Raises RuntimeError where a case has cost this process its use of the GPU: the rest needs another process.
+        """
+        found = self.results.stage(stage)
+        fresh = [key for key in cases if key not in found]
+        again = [key for key in cases if found.get(key) == ENDED]
+        for key in fresh + again:
+            if self.out_of_time(seconds(key)):
+                return False
+            self.results.put(stage, key, ENDED_AGAIN if key in again else ENDED)
+            try:
+                finding = cases[key]()
+            except torch.cuda.OutOfMemoryError:
+                finding = {"left_out": "out of memory"}
+                torch.cuda.empty_cache()
+            except Exception as error:
+                traceback.print_exc()
+                finding = {"failed": repr(error)[:500]}
+            if finding is None:
+                self.results.forget(stage, key)
+                return False
+            self.results.put(stage, key, finding)
+            self.synchronize()
+        return True
+
+
+def compile_kernels(work: Callable[[], object]) -> None:
+    """Compile, in parallel, every Triton kernel of ours that `work` launches: its results are garbage."""
+    with launch.compiling(os.cpu_count() or 1):
+        work()
+
+
+@contextlib.contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Within, cuDNN computes float32 convolutions in float32, not in TF32 of three digits, its default; and times no
+    algorithms, which takes longer than a check."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32, cudnn.benchmark
+    cudnn.allow_tf32, cudnn.benchmark = False, False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, cudnn.benchmark = before
 
 
 class OnDevice:

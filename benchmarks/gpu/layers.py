@@ -6,6 +6,7 @@ way, and its weights. A launch that is far from both ceilings is where to look n
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 import den_kernels as dk
 from benchmarks import test_block as blocks
 from benchmarks.cases import MIXES, RATIOS, TOLERANCE, BlockCase
-from benchmarks.gpu.context import Context, OnDevice, take_turns
+from benchmarks.gpu.context import Context, OnDevice, compile_kernels, take_turns
 
 MIX_NAMES = ("full", "level2", "uniform")
 CASE_S = 3.0
@@ -25,17 +26,13 @@ REPEATS = 20  # of a launch in one capture, so that the replay's own time does n
 
 def run(context: Context) -> bool:
     """A finding for each block shape, batch and mix. Whether nothing is left."""
-    batches = (2,) if context.dry else (256, 64, 8)
-    for batch in batches:
-        for case in context.blocks:
-            for mix in MIX_NAMES[:1] if context.dry else MIX_NAMES:
-                key = f"{case.name}, batch {batch}, {mix}"
-                if key in context.results.stage("layers"):
-                    continue
-                if context.out_of_time(CASE_S):
-                    return False
-                context.results.put("layers", key, measure(case, batch, mix, context))
-    return True
+    cases = {
+        f"{case.name}, batch {batch}, {mix}": functools.partial(measure, case, batch, mix, context)
+        for batch in ((2,) if context.dry else (256, 64, 8))
+        for case in context.blocks
+        for mix in (MIX_NAMES[:1] if context.dry else MIX_NAMES)
+    }
+    return context.each("layers", cases, lambda key: CASE_S)
 
 
 def measure(case: BlockCase, batch: int, mix: str, context: Context) -> dict[str, Any]:
@@ -47,8 +44,9 @@ def measure(case: BlockCase, batch: int, mix: str, context: Context) -> dict[str
     x = x.to(dtype).contiguous(memory_format=torch.channels_last)
     level = MIXES[mix].levels(batch, 1)
     own = _block(case, w, dtype, device)
-    x_device = x.to(device)
-    plan = dk.plan_levels(level.to(device), len(RATIOS)).block(0)
+    x_device, level_device = x.to(device), level.to(device)
+    compile_kernels(lambda: own(x_device, *dk.plan_levels(level_device, len(RATIOS)).block(0)))
+    plan = dk.plan_levels(level_device, len(RATIOS)).block(0)
 
     def call() -> Tensor:
         return own(x_device, *plan)

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 import den
+import den_kernels as dk
 from benchmarks import networks, torch_engines
 from benchmarks.cases import FULL, MIXES, PAPER, SKIP, TOLERANCE, TOP1, UNIFORM, Mix, ModelCase
-from benchmarks.gpu.context import Context, OnDevice, take_turns
+from benchmarks.gpu import cudnn_fused
+from benchmarks.gpu.context import Context, OnDevice, compile_kernels, take_turns
 from benchmarks.table import SELECTOR, Row
 from benchmarks.worker import Unusable
 from den.dense import dense
@@ -67,7 +69,7 @@ def cases(context: Context, stage: str) -> Iterator[Case]:
 
 
 def run_headline(context: Context) -> bool:
-    """The DEN and cuDNN, both in CUDA graphs. Whether nothing is left."""
+    """The DEN and cuDNN's two dense forms, all in CUDA graphs. Whether nothing is left."""
     return _run(context, "matrix")
 
 
@@ -83,44 +85,45 @@ def run_peers(context: Context) -> bool:
 
 def _run(context: Context, stage: str) -> bool:
     torch.backends.cudnn.benchmark = True
+    wanted = {case.key: case for case in cases(context, stage)}
     compiled: set[int] = set()
-    for case in dict.fromkeys(cases(context, stage)):
-        if case.key in context.results.stage(stage):
-            continue
-        first_of_batch = stage == "compiled" and case.batch not in compiled
-        if context.out_of_time(COMPILE_S if first_of_batch and not context.dry else ROW_S):
-            return False
+
+    def work(case: Case) -> dict:
         compiled.add(case.batch)
-        try:
-            found = measure(case, context)
-        except torch.cuda.OutOfMemoryError:
-            found = {"left_out": "out of memory"}
-            torch.cuda.empty_cache()
-        context.results.put(stage, case.key, found)
-    return True
+        return measure(case, context)
+
+    def seconds(key: str) -> float:
+        first_of_batch = stage == "compiled" and wanted[key].batch not in compiled
+        return COMPILE_S if first_of_batch and not context.dry else ROW_S
+
+    return context.each(stage, {key: functools.partial(work, case) for key, case in wanted.items()}, seconds)
 
 
 def measure(case: Case, context: Context) -> dict:
-    """The rows of a case, with cold and with warm caches, and which engines were left out and why.
+    """The rows of a case, with cold and with warm caches, and which opponents were left out and why.
 
-    An engine whose result is wrong is not timed.
+    An engine whose result is wrong is not timed. notes: what is to be known of an engine's figures.
     """
     bench = Bench(case, context)
-    engines, left_out, wrong = [], {}, {}
-    for make in bench.makers():
+    bench.compile_kernels()
+    made = [make() for make in bench.subjects()]  # where these cannot run, that is the finding
+    left_out, wrong = {}, {}
+    for make in bench.opponents():
         try:
-            engine = make()
+            made.append(make())
         except torch.cuda.OutOfMemoryError:
             raise
         except (Unusable, RuntimeError) as reason:
+            context.synchronize()
             left_out[make.__name__] = str(reason)[:500]
-            continue
+    engines = []
+    for engine in made:
         error = bench.error(engine)
         if error <= TOLERANCE[context.dtype]:
             engines.append(engine)
         else:
             wrong[engine.name] = error
-    rest = {"left_out": left_out, "wrong": wrong}
+    rest = {"left_out": left_out, "wrong": wrong, "notes": bench.notes}
     names = {engine.name for engine in engines}
     if DEN not in names or not any(engine.dense for engine in engines):
         return rest
@@ -150,20 +153,18 @@ def _network(name: str, device: torch.device) -> den.DEN:
 def _frozen(name: str, device: torch.device, dtype: torch.dtype, backend: str) -> den.FrozenDEN:
     """The product's inference form; every fused block of it is found to run on the backend that was asked for."""
     fast = den.freeze(_network(name, device), dtype=dtype, backend=backend)
-    ran = {block.backend for part in (fast, fast.selector) for block in part.blocks}  # type: ignore[union-attr]
-    if ran != {backend}:
-        raise RuntimeError(f"asked for backend {backend!r}, but the blocks run on {ran}")
+    torch_engines.check_backend(fast, backend)
     return fast
 
 
 @functools.cache
-def _compiled(name: str, device: torch.device, dtype: torch.dtype, batch: int) -> nn.Module:
-    """torch.compile's best for one batch size: mode="max-autotune", with frozen weights."""
+def _compiled(name: str, device: torch.device, dtype: torch.dtype, batch: int, mode: str) -> nn.Module:
+    """torch.compile with frozen weights, for one batch size."""
     import torch._inductor.config as inductor
 
     torch.compiler.reset()
     inductor.freezing = True
-    net = torch.compile(dense(_network(name, device), dtype=dtype), mode="max-autotune", dynamic=False)
+    net = torch.compile(dense(_network(name, device), dtype=dtype), mode=mode, dynamic=False)
     return net  # type: ignore[return-value]
 
 
@@ -182,15 +183,25 @@ class Bench:
         full = den.flops(self.net, [self.net.num_levels - 1] * self.net.num_blocks, case.model.image_size)
         self.flop_ratio = float(full / cost)
         self.rows = networks.checked_rows(case.batch)
-        self._known: dict[int | None, Tensor] = {}
+        self.notes: dict[str, str] = {}
 
-    def makers(self) -> list[Callable[[], OnDevice]]:
-        """Of each engine, the fastest to make first."""
+    def subjects(self) -> list[Callable[[], OnDevice]]:
+        """The forms of the DEN."""
+        # An interpreter takes seconds for a network.
+        slow = self.context.dry and self.case.stage != "matrix"
+        return [self.den] if slow else [self.den, self.den_selector]
+
+    def opponents(self) -> list[Callable[[], OnDevice]]:
+        """The fastest to make first."""
         more = {"compiled": [self.compiled], "peers": [self.masked, self.bucketed, self.slim]}
-        own = [self.den, self.den_selector, self.cudnn]
-        if self.context.dry and self.case.stage in more:
-            own.remove(self.den_selector)  # an interpreter takes seconds for a network
-        return [*own, *more.get(self.case.stage, [])]
+        return [self.cudnn, self.cudnn_fused, *more.get(self.case.stage, [])]
+
+    def compile_kernels(self) -> None:
+        """What `subjects` launch, in parallel."""
+        fast = _frozen(self.name, self.device, self.dtype, "triton")
+        # One that looks up widths by the plan's levels, which this pass leaves undefined, would read out of bounds.
+        if not any(isinstance(module, dk.FusedConv2d) for module in fast.modules()):
+            compile_kernels(lambda: (fast.selector(self.x), fast(self.x, level=self.level_NB)))
 
     def den(self) -> OnDevice:
         fast = _frozen(self.name, self.device, self.dtype, "triton")
@@ -211,13 +222,28 @@ class Bench:
         net = dense(_network(self.name, self.device), dtype=self.dtype)
         return OnDevice("dense, eager in a graph", lambda: net(self.x), self.context, dense=True)
 
+    def cudnn_fused(self) -> OnDevice:
+        if self.context.device.type != "cuda":
+            raise Unusable("cuDNN is for NVIDIA GPUs alone")
+        net = cudnn_fused.fuse(dense(_network(self.name, self.device), dtype=self.dtype))
+        return OnDevice("dense, cuDNN fused in a graph", lambda: net(self.x), self.context, dense=True)
+
     def compiled(self) -> OnDevice:
+        """In our CUDA graph, as the others: in its own it pays for guards and for copies of its input at each call."""
         if self.context.dry:
             raise Unusable("no compiler in a dry run")
-        net = _compiled(self.name, self.device, self.dtype, self.case.batch)
+        name, key = "torch.compile max-autotune", (self.name, self.device, self.dtype, self.case.batch)
+        bare = _compiled(*key, "max-autotune-no-cudagraphs")
+        bare(self.x)
+        try:
+            return OnDevice(name, lambda: bare(self.x), self.context, dense=True)
+        except RuntimeError as reason:
+            self.context.synchronize()
+            self.notes[name] = f"in its own CUDA graph, guards and copies included: {str(reason)[:300]}"
+        own = _compiled(*key, "max-autotune")
         for _ in range(3):
-            net(self.x)
-        return OnDevice("torch.compile max-autotune", lambda: net(self.x), self.context, dense=True, graph=False)
+            own(self.x)
+        return OnDevice(name, lambda: own(self.x), self.context, dense=True, graph=False)
 
     def masked(self) -> OnDevice:
         model = _network(self.name, self.device)
@@ -249,9 +275,11 @@ class Bench:
 
     def _expected(self, level: int | None) -> Tensor:
         """Logits of the checked samples, at one level or at their own."""
-        if level not in self._known:
-            images = networks.images(self.case.model, self.case.batch)[self.rows]
-            own = self.cpu_level_NB[self.rows]
-            levels = own if level is None else torch.full_like(own, level)
-            self._known[level] = networks.reference_logits(self.name, images, levels)
-        return self._known[level]
+        if level is not None:
+            return networks.static_reference(self.case.model, self.case.batch, level)
+        return self._own_logits
+
+    @functools.cached_property
+    def _own_logits(self) -> Tensor:
+        images = networks.images(self.case.model, self.case.batch)[self.rows]
+        return networks.reference_logits(self.name, images, self.cpu_level_NB[self.rows])

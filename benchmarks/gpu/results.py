@@ -86,6 +86,11 @@ class Results:
         self.content["stages"].setdefault(stage, {})[key] = value
         self._write()
 
+    def forget(self, stage: str, key: str) -> None:
+        """Take a finding back."""
+        del self.content["stages"][stage][key]
+        self._write()
+
     def status(self, stage: str) -> str | None:
         """How a stage ended; "done" where nothing is left of it."""
         return self.content["status"].get(stage)

@@ -10,7 +10,7 @@ says so.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +99,23 @@ def wrong(content: Mapping[str, Any]) -> list[str]:
     for key, finding in content["stages"].get("checks", {}).items():
         if key.startswith("sanitizer") and finding.get("status", 0):
             found.append(f"{key}: status {finding['status']}: {finding['tail'][-300:]}")
-    for stage in ("matrix", "peers", "compiled", "layers", "training"):
-        for key, finding in content["stages"].get(stage, {}).items():
-            if finding.get("wrong"):
-                found.append(f"{stage}, {key}: wrong result: {finding['wrong']}")
+    for key, finding in _cases(content):
+        if finding.get("wrong"):
+            found.append(f"{key}: wrong result: {finding['wrong']}")
     return found
+
+
+def failed(content: Mapping[str, Any]) -> list[str]:
+    """The cases that came to no result, and why."""
+    return [f"{key}: {finding['failed']}" for key, finding in _cases(content) if "failed" in finding]
+
+
+def _cases(content: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """What `Context.each` kept, by stage and key."""
+    for stage in ("matrix", "training", "compiled", "layers", "peers", "tuning"):
+        for key, finding in content["stages"].get(stage, {}).items():
+            if isinstance(finding, Mapping):
+                yield f"{stage}, {key}", finding
 
 
 def text(content: Mapping[str, Any]) -> str:
@@ -121,8 +133,9 @@ def text(content: Mapping[str, Any]) -> str:
     for cells in (training_cells(content), layer_cells(content)):
         if len(cells) > 1:
             lines += ["", *table.aligned(cells)]
-    problems = wrong(content)
-    lines += ["", *(f"WRONG: {problem}" for problem in problems)] if problems else []
+    problems = [f"WRONG: {problem}" for problem in wrong(content)]
+    problems += [f"FAILED: {problem}" for problem in failed(content)]
+    lines += ["", *problems] if problems else []
     return "\n".join(lines)
 
 

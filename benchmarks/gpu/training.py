@@ -5,6 +5,7 @@ Timed as PyTorch runs it, and as one CUDA graph where that can be: a step that w
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor
 
 import den
 from benchmarks import networks, training
-from benchmarks.cases import FULL, MIXES
-from benchmarks.gpu.context import Context, OnDevice, take_turns
+from benchmarks.cases import FULL, MIXES, ModelCase
+from benchmarks.gpu.context import Context, OnDevice, compile_kernels, exact_convolutions, take_turns
 from benchmarks.test_training import TOLERANCE
 
 STEP_S = 12.0
@@ -23,15 +24,12 @@ ELASTIC, PLAIN = "den[triton]", "dense eager"
 def run(context: Context) -> bool:
     """A finding for each batch and mix. Whether nothing is left."""
     torch.backends.cudnn.benchmark = True
-    for batch in (2,) if context.dry else (256, 64):
-        for mix in ("top1-of-4",) if context.dry else ("uniform", "paper", "full"):
-            key = f"{context.models[0].name}, batch {batch}, {mix}"
-            if key in context.results.stage("training"):
-                continue
-            if context.out_of_time(STEP_S):
-                return False
-            context.results.put("training", key, measure(context, batch, mix))
-    return True
+    cases = {
+        f"{context.models[0].name}, batch {batch}, {mix}": functools.partial(measure, context, batch, mix)
+        for batch in ((2,) if context.dry else (256, 64))
+        for mix in (("top1-of-4",) if context.dry else ("uniform", "paper", "full"))
+    }
+    return context.each("training", cases, lambda key: STEP_S)
 
 
 def measure(context: Context, batch: int, mix: str) -> dict[str, Any]:
@@ -39,16 +37,17 @@ def measure(context: Context, batch: int, mix: str) -> dict[str, Any]:
     case = context.models[0]
     net = networks.network(case.name)
     level_NB = MIXES[mix].levels(batch, net.num_blocks, case.ratios)
-    wrong = _worst_gradient(context, min(batch, 8))
+    # Cheap in a dry run, where an interpreter takes seconds for a step.
+    wrong = _worst_gradient(case, 2 if context.dry else 8, "top1-of-4" if context.dry else "uniform", context.device)
     if wrong:
         return {"wrong": wrong}
-    x = networks.images(case, batch).to(context.device)
-    steps = {
-        ELASTIC: training.elastic_step(case.name, x, level_NB.to(context.device), "triton"),
-        PLAIN: training.dense_step(case.name, x, "triton"),
-    }
-    for step in steps.values():
-        _under_autocast(step, context)
+    x, level = networks.images(case, batch).to(context.device), level_NB.to(context.device)
+
+    def elastic() -> training.Step:
+        return _under_autocast(training.elastic_step(case.name, x, level, "triton"), context)
+
+    compile_kernels(elastic().gradients)
+    steps = {ELASTIC: elastic(), PLAIN: _under_autocast(training.dense_step(case.name, x, "triton"), context)}
     cost = den.flops(net, level_NB, case.image_size).double().sum()
     full = den.flops(net, FULL.levels(batch, net.num_blocks, case.ratios), case.image_size).double().sum()
     found: dict[str, Any] = {"flop_ratio": (full / cost).item()}
@@ -58,6 +57,7 @@ def measure(context: Context, batch: int, mix: str) -> dict[str, Any]:
         try:
             engines = [OnDevice(name, step, context, graph=graph) for name, step in steps.items()]
         except RuntimeError as error:
+            context.synchronize()
             found[kind] = {"left_out": str(error)[:500]}
             continue
         times = take_turns(engines, context, cold=False)
@@ -69,8 +69,8 @@ def measure(context: Context, batch: int, mix: str) -> dict[str, Any]:
     return found
 
 
-def _under_autocast(step: training.Step, context: Context) -> None:
-    """Forward in the half precision of the run; a cache of cast weights would outlive a capture."""
+def _under_autocast(step: training.Step, context: Context) -> training.Step:
+    """The same step, its forward in the half precision of the run; a cache of cast weights would outlive a capture."""
     forward = step.forward
 
     def cast() -> Tensor:
@@ -78,17 +78,20 @@ def _under_autocast(step: training.Step, context: Context) -> None:
             return forward()
 
     step.forward = cast
+    return step
 
 
-def _worst_gradient(context: Context, batch: int) -> str | None:
+@functools.cache
+def _worst_gradient(case: ModelCase, batch: int, mix: str, device: torch.device) -> str | None:
     """The first parameter whose gradient in float32 is off, in words; None when none is."""
-    case = context.models[0]
-    x = networks.images(case, batch).to(context.device)
-    mix = MIXES["top1-of-4" if context.dry else "uniform"]  # cheap, where an interpreter takes seconds for a step
-    level_NB = mix.levels(batch, networks.network(case.name).num_blocks).to(context.device)
+    x = networks.images(case, batch).to(device)
+    level_NB = MIXES[mix].levels(batch, networks.network(case.name).num_blocks).to(device)
+    compile_kernels(training.elastic_step(case.name, x, level_NB, "triton").gradients)
     ours, theirs = (training.elastic_step(case.name, x, level_NB, backend) for backend in ("triton", "grouped"))
     names = [name for name, _ in ours.network.named_parameters()]
-    for name, got, wanted in zip(names, ours.gradients(), theirs.gradients(), strict=True):
+    with exact_convolutions():
+        gradients = ours.gradients(), theirs.gradients()
+    for name, got, wanted in zip(names, *gradients, strict=True):
         if not wanted.any():
             if got.any():
                 return f"gradient of {name}, which no sample ran, is not exactly 0"
