@@ -127,14 +127,11 @@ def accumulate(
         first = split * share
         last = tl.minimum(first + share, last)
     acc_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    # One flat loop, because only an innermost loop is software-pipelined. What is divided by is 0 only when the loop is
-    # empty, but a division may be hoisted out of it.
-    divisor = tl.maximum(blocks, 1)
-    divisor_w = tl.maximum(taps_w, 1)
+    # One flat loop, because only an innermost loop is software-pipelined. `blocks` is 0 only when the loop is empty.
     for step in range(first, last):
-        tap = step // divisor
+        tap = step // blocks
         c_K = (step - tap * blocks) * BLOCK_K + k
-        kh = tap // divisor_w
+        kh = tap // taps_w
         kw = tap - kh * taps_w
         y_M = top_M + kh * step_h
         x_M = left_M + kw * step_w
