@@ -20,6 +20,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -35,6 +36,10 @@ from den_kernels import sync_batch_norm
 
 Network = TypeVar("Network", bound=nn.Module)
 PROGRESS = 1e-3  # what counts as one, of the loss that a phase watches
+
+
+class DivergedError(RuntimeError):
+    """A loss is no longer a number."""
 
 
 class Batch(NamedTuple):
@@ -219,7 +224,8 @@ class Loop:
     def run(self, phases: Sequence[Phase]) -> None:
         """Run the phases from the first, or from where the run folder's checkpoint stands.
 
-        Raises FileExistsError, ValueError as `RunFolder`.
+        Raises FileExistsError, ValueError as `RunFolder`; DivergedError where the loss of an epoch is not finite: its
+        line is in metrics.jsonl, the checkpoint is that of the epoch before.
         """
         for phase in phases:
             self._prepare_batches(phase)
@@ -244,6 +250,11 @@ class Loop:
         while position.epoch < phase.epochs and not converged:
             record = self._epoch(phase)
             self._log({"stage": phase.stage, "phase": phase.name, "epoch": position.epoch, **record})
+            if not math.isfinite(record["loss"]):
+                raise DivergedError(
+                    f"training diverged: the loss of phase {phase.name!r} is {record['loss']} in epoch "
+                    f"{position.epoch + 1}, at a learning rate of {record['lr']:g}; lower the rate"
+                )
             position.epoch += 1
             if position.best_loss is None or record["loss"] < position.best_loss - PROGRESS:
                 position.best_loss, position.stale = record["loss"], 0
@@ -320,13 +331,18 @@ class Loop:
     @property
     def meta(self) -> dict[str, Any]:
         """What evaluation and prediction need to know of the tasks."""
-        return {"preprocessing": {task.name: task.preprocessing for task in self.tasks}, "source": self.source}
+        preprocessing = {task.name: task.preprocessing for task in self.tasks}
+        return {"preprocessing": preprocessing, "source": self.source, "about": self.about}
 
     def _describe(self) -> dict[str, Any]:
         train = asdict(self.config)
         train["out"] = str(self.config.out)
         model = getattr(self.model, "config", {"name": type(self.model).__name__})
-        return {"train": train, "model": model, "about": self.about, **self.meta}
+        started = datetime.now().isoformat(timespec="seconds")
+        threads = torch.get_num_threads()
+        return {
+            "train": train, "model": model, "started": started, "threads": threads, **self.meta
+        }  # fmt: skip
 
     def open(self) -> None:
         """Make the run folder, if there is to be one; `run` does it too. Raises as `RunFolder.prepare`."""

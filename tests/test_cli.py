@@ -18,10 +18,13 @@ import torch
 from PIL import Image
 
 import den
+from den.baselines import METHODS
+from den.baselines import train as train_baseline
 from den.cli import COMMANDS, INTERRUPTED, USAGE, main
 from den.cli.common import DATA_SETS
 from den.data import SOURCES
 from den.results import read_evaluations
+from den.tasks import load_task
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -153,7 +156,7 @@ def test_train_on_two_tasks_prints_json_alone(capsys, cifar10, tmp_path):
     data = ["--data", f"cifar10:{cifar10}", "digits", "--subset", "40"]
     result = json.loads(output(capsys, "train", *data, "--out", tmp_path / "run", "--json", *QUICK))
     assert list(result["tasks"]) == ["cifar10", "digits"]
-    assert list(result["tasks"]["digits"]) == ["selector", "random", "full"]
+    assert list(result["tasks"]["digits"]) == ["selector", "shuffled", "random", "full"]
     assert result["tasks"]["digits"]["full"]["cost_mean"] == 1
     assert result == {
         "out": str(tmp_path / "run"),
@@ -184,9 +187,12 @@ def test_another_family_trains_and_is_read_back(capsys, cifar10, tmp_path):
 
 def test_eval_agrees_with_the_summary_of_training(capsys, run):
     summary = json.loads((run / "summary.json").read_text())
-    result = json.loads(output(capsys, "eval", run, "--json"))
+    result = json.loads(output(capsys, "eval", run / "checkpoint", "--policy", *summary["cifar10"], "--json"))
+    for policies in summary["cifar10"].values():
+        del policies["own_cost_mean"]  # in the unit of training, which the checkpoint does not hold
     assert result["tasks"] == summary
-    assert json.loads(output(capsys, "eval", run / "checkpoint", "--json"))["tasks"] == summary
+    del summary["cifar10"]["shuffled"]
+    assert json.loads(output(capsys, "eval", run, "--json"))["tasks"] == summary
 
 
 def test_eval_of_given_paths(capsys, run):
@@ -346,6 +352,24 @@ def test_bad_checkpoints(capsys, run, pictures, tmp_path):
     den.save(den.load(run / "checkpoint"), bare)
     assert "does not say how images of 'cifar10' are prepared" in failure(capsys, "predict", bare, pictures)
     assert "does not say where images of 'cifar10' are" in failure(capsys, "eval", bare)
+
+
+@pytest.mark.filterwarnings("ignore:.*the published file holds")
+def test_a_run_without_a_trained_selector(capsys, cifar10, pictures, tmp_path):
+    """A competitor's model is a DEN, but its selector is as it was initialised: nothing is said by it."""
+    options = {"dataset": "cifar10", "root": str(cifar10)}
+    task = load_task(**options)
+    config = METHODS["slim"].Config(batch_size=8, epochs=1, out=tmp_path / "slim", progress=False)
+    source = {"tasks": {task.name: options}}
+    train_baseline("slim", "wrn_8_1", [task], config, source=source)
+    for command in (["eval", tmp_path / "slim"], ["predict", tmp_path / "slim", pictures]):
+        assert "is a run of slim, which trains no selector" in failure(capsys, *command)
+    message = failure(capsys, "bench", tmp_path / "slim", "--mixes", "selector")
+    assert "is a run of slim, which trains no selector; give --mixes uniform or full" in message
+    own = read_evaluations(tmp_path / "slim")["cifar10"]["fixed"]
+    path = "-".join(str(level) for level in own.level[0].tolist())
+    result = json.loads(output(capsys, "eval", tmp_path / "slim", "--policy", path, "--json"))["tasks"]["cifar10"]
+    assert result[path]["accuracy"] == pytest.approx(own.accuracy)
 
 
 def test_bad_images(capsys, run, pictures, tmp_path):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from den.config import RunConfig
 from den.data import ImageSet
-from den.loop import Batch, Loop, Means, Phase, Rate
+from den.loop import Batch, DivergedError, Loop, Means, Phase, Rate
 from den.tasks import Task, make_task
 
 
@@ -124,6 +124,21 @@ def test_a_run_that_dies_at_the_end_of_a_phase_does_the_end_again(tmp_path: Path
     resumed = Run(tmp_path / "part", resume=True).fit()
     assert resumed.calls[0] == "end"
     assert torch.equal(resumed.state, expected.state)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    learn = run.step
+
+    def diverging(batches: list[Batch], means: Means) -> Tensor:
+        return learn(batches, means) * (float("nan") if run.loop.position.epoch == 1 else 1)
+
+    run.step = diverging  # type: ignore[method-assign]
+    with pytest.raises(DivergedError, match=r"phase 'learn' is nan in epoch 2, at a learning rate of 0\.05"):
+        run.fit()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    resumed = Run(tmp_path, resume=True).fit()  # from behind the first epoch
+    assert torch.equal(resumed.state, Run(None).fit().state)
 
 
 def test_rates_rise_and_fall() -> None:

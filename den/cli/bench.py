@@ -99,8 +99,9 @@ class Bench:
         if path.exists():
             saved = load_model(path, self.device)
             task = pick_tasks(saved.model, [self.task] if self.task else [])[0]
-            mixes = self.mixes or ("selector", "uniform", "full")
+            mixes = self.mixes or (("selector", "uniform", "full") if saved.has_selector else ("uniform", "full"))
             if "selector" in mixes:  # what it chooses for noise would say nothing
+                saved.check_selector("give --mixes uniform or full")
                 images = self._test_images(saved, task, count)
             else:
                 images = self._noise(saved.model, count, saved.preprocessing_of(task)["image_size"])

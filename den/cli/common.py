@@ -71,9 +71,24 @@ class Origin:
 
 @dataclass(frozen=True)
 class Saved(Origin):
-    """A trained model, and where the images that it was trained on came from."""
+    """A trained model, and where the images that it was trained on came from.
+
+    method, policy: of the run (`about` in its config.json); those of a DEN where nothing tells.
+    """
 
     model: DEN
+    method: str = "den"
+    policy: str = "selector"
+
+    @property
+    def has_selector(self) -> bool:
+        """Whether its selector was trained: that of most competitors is as it was initialised."""
+        return self.policy == "selector"
+
+    def check_selector(self, remedy: str) -> None:
+        """Raises UserError where the selector was not trained, with what to do instead."""
+        if not self.has_selector:
+            raise UserError(f"{self.folder} is a run of {self.method}, which trains no selector; {remedy}")
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -98,7 +113,9 @@ def load_model(path: Path, device: str) -> Saved:
     with user_input():
         model = checkpoint.load(folder, device=pick_device(device))
         meta = checkpoint.load_meta(folder)
-    return Saved(folder, meta.get("preprocessing", {}), meta.get("source", {}).get("tasks", {}), model)
+    about = meta.get("about", {})
+    told = {key: about[key] for key in ("method", "policy") if key in about}
+    return Saved(folder, meta.get("preprocessing", {}), meta.get("source", {}).get("tasks", {}), model, **told)
 
 
 def pick_device(name: str) -> torch.device:
@@ -167,7 +184,9 @@ def parse_path(text: str, num_blocks: int, num_levels: int) -> list[int]:
     """Levels [B] of a path such as 0-3-1-2; one number stands for every block. Raises UserError."""
     parts = text.split("-")
     if not all(part.isdecimal() for part in parts):
-        raise UserError(f"policy is {text!r}; it must be selector, random, full, or levels such as 2 or 0-3-1-2")
+        raise UserError(
+            f"policy is {text!r}; it must be selector, shuffled, random, full, or levels such as 2 or 0-3-1-2"
+        )
     levels = [int(part) for part in parts]
     levels = levels * num_blocks if len(levels) == 1 else levels
     if len(levels) != num_blocks:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from den.metrics import Policy
     from den.model import DEN
 
-NAMED = ("selector", "random", "full")
+NAMED = ("selector", "shuffled", "random", "full")
 
 
 @dataclass
@@ -39,9 +39,9 @@ class Eval:
     """Run folder of den train, or a folder that den.save wrote."""
     task: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")] = ()
     """Tasks to evaluate; none: all of the model's."""
-    policy: Annotated[tuple[str, ...], tyro.conf.arg(metavar="POLICY [POLICY ...]")] = NAMED
-    """Who chooses the levels: selector; random (every level alike); full (the top level everywhere); or levels, such
-    as 2 for every block or 0-3-1-2 for a path."""
+    policy: Annotated[tuple[str, ...], tyro.conf.arg(metavar="POLICY [POLICY ...]")] = ("selector", "random", "full")
+    """Who chooses the levels: selector; shuffled (the selector's choices, each for another image); random (every level
+    alike); full (the top level everywhere); or levels, such as 2 for every block or 0-3-1-2 for a path."""
     budget: Annotated[tuple[float, ...], tyro.conf.arg(metavar="FLOAT [FLOAT ...]")] = ()
     """Mean costs that the selector is to keep to, for a model trained with a budget: a row each. None: its own."""
     split: Literal["test", "train", "val"] = "test"
@@ -55,7 +55,7 @@ class Eval:
     batch_size: int = 256
     """Images in a batch."""
     seed: int = 0
-    """Of the random policy."""
+    """Of the shuffled and the random policy."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:1."""
     backend: Literal["auto", "cpu", "triton", "grouped", "reference"] = "auto"
@@ -74,6 +74,8 @@ class Eval:
 
         saved = load_model(self.checkpoint, self.device)
         model = saved.model
+        if {"selector", "shuffled"} & set(self.policy):
+            saved.check_selector("give --policy full, random or levels")
         names = pick_tasks(model, self.task)
         policies = self._policies(model)
         with user_input():

@@ -49,6 +49,7 @@ class Predict:
 
         files = self._files()
         saved = load_model(self.checkpoint, self.device)
+        saved.check_selector("den predict needs one")
         if self.budget is not None:
             check_budget(self.budget, saved.model)
         with user_input():

@@ -91,6 +91,7 @@ class Train:
         import torch
         from lightning_fabric.utilities.exceptions import MisconfigurationException
 
+        from den.loop import DivergedError
         from den.model import create_model
         from den.tasks import load_task
         from den.trainer import Trainer
@@ -132,7 +133,7 @@ class Train:
         first = trainer.loop.fabric.is_global_zero
         for task in tasks if first else ():
             log(f"{task!r}")
-        with user_input(OSError, ValueError):
+        with user_input(OSError, ValueError, DivergedError):
             summary = trainer.fit()
         if not first:
             return
