@@ -19,6 +19,7 @@ from den.selector import Selector
 from den.tasks import Task
 
 Policy = str | Tensor | Sequence[int]
+NAMED = ("selector", "shuffled", "random", "full")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Evaluation:
 
     prediction, label: int64 [N]; level: int64 [N, B]; probs: float [N, B, L] where the selector decided, else None.
     cost: float [N], the mean over blocks of the share of parameters run (inside equation 5).
+    own_cost: float [N], the same in the unit that the run was trained with (`den.costs`); None: not known.
     flops: int64 [N], of the estimator.
     parameters: int64 [N], the estimator's that the path uses, counted as the paper does; None: not known.
     stored_parameters: of the whole estimator, which all paths share; None: not known.
@@ -42,6 +44,7 @@ class Evaluation:
     parameters: Tensor | None = None
     stored_parameters: int | None = None
     selector_flops: int | None = None
+    own_cost: Tensor | None = None
 
     @property
     def correct(self) -> Tensor:
@@ -56,13 +59,16 @@ class Evaluation:
 
     def summary(self) -> dict[str, Any]:
         """Plain numbers: accuracy (%), mean and deviation of cost, mean FLOPs, level usage and the number of paths; and
-        what is known of `parameters` (stored), `parameters_mean` (used by an image) and `selector_flops`."""
+        what is known of `parameters` (stored), `parameters_mean` (used by an image), `selector_flops` and
+        `own_cost_mean`."""
         num_levels = int(self.level.max()) + 1 if self.probs is None else self.probs.shape[2]
         usage = torch.nn.functional.one_hot(self.level, num_levels).double().mean(0)
         paths, counts = self.level.unique(dim=0, return_counts=True)
         known: dict[str, Any] = {"parameters": self.stored_parameters, "selector_flops": self.selector_flops}
         if self.parameters is not None:
             known["parameters_mean"] = round(float(self.parameters.double().mean()))
+        if self.own_cost is not None:
+            known["own_cost_mean"] = round(float(self.own_cost.mean()), 6)
         return {
             "images": len(self.label),
             "accuracy": round(self.accuracy, 4),
@@ -80,6 +86,7 @@ def choose_level(policy: Policy, num_samples: int, model: Any, generator: torch.
     """The levels that a policy gives a batch: None for the selector, else int64 [N, B] or [B].
 
     policy: "selector"; "random" (every level of every block alike: the paper's random selector); "full"; or levels [B].
+        "shuffled", the selector's levels permuted over all images of a split, is drawn by `evaluate`.
     """
     if isinstance(policy, str):
         if policy == "selector":
@@ -88,7 +95,7 @@ def choose_level(policy: Policy, num_samples: int, model: Any, generator: torch.
             return torch.randint(model.num_levels, (num_samples, model.num_blocks), generator=generator)
         if policy == "full":
             return torch.full((model.num_blocks,), model.num_levels - 1)
-        raise ValueError(f"policy is {policy!r}; it must be 'selector', 'random', 'full' or a path [blocks]")
+        raise ValueError(f"policy is {policy!r}; it must be one of {', '.join(NAMED)}, or a path [blocks]")
     return torch.as_tensor(policy)
 
 
@@ -102,23 +109,37 @@ def evaluate(
     batch_size: int = 256,
     seed: int = 0,
     budget: float | None = None,
+    cost_BL: Tensor | None = None,
     progress: Callable | None = None,
 ) -> Evaluation:
     """Run a model (a DEN or its frozen form) over a split of a task under a policy: see `choose_level`.
 
-    seed: of the random policy. budget: for the selector of a model that takes one; None: the model's own. progress:
-    wraps the batches, such as tqdm. The model's training mode is put back. Raises ValueError for a budget that the
-    model does not take, or with another policy than "selector".
+    seed: of the policies "random" and "shuffled". budget: for the selector of a model that takes one; None: the model's
+    own. cost_BL: the costs that the model was trained with (`den.costs.cost_table`), for `own_cost`. progress: wraps
+    the batches, such as tqdm. The model's training mode is put back.
+
+    "shuffled" runs the selector first and then gives each image the levels of another one: the same cost, none of it
+    fitted to the image. Its FLOPs have the selector's.
+
+    Raises ValueError for a budget that the model does not take, or with a policy that asks no selector.
     """
     device = next(tensor.device for tensor in (*model.parameters(), *model.buffers()))
     source: Any = getattr(model, "source", model)
     generator = torch.Generator().manual_seed(seed)
+    dealt_NB: Tensor | None = None
+    if isinstance(policy, str) and policy == "shuffled":
+        chosen = evaluate(model, task, split=split, batch_size=batch_size, budget=budget, progress=progress)
+        dealt_NB, budget = chosen.level[torch.randperm(len(chosen.level), generator=generator)], None
     batches = task.batches(split, batch_size, training=False, device=device)
-    predictions, labels, levels, probs = [], [], [], []
+    predictions, labels, levels, probs, seen = [], [], [], [], 0
     was_training = model.training
     model.eval()
     for x, y in batches if progress is None else progress(batches):
-        level = choose_level(policy, len(x), source, generator)
+        if dealt_NB is None:
+            level = choose_level(policy, len(x), source, generator)
+        else:
+            level = dealt_NB[seen : seen + len(x)]
+        seen += len(x)
         told = {} if budget is None else {"budget": budget}
         out = model(x, task=task.name, level=None if level is None else level.to(device), **told)
         predictions.append(out.logits.argmax(1).cpu())
@@ -133,7 +154,8 @@ def evaluate(
         label=torch.cat(labels),
         level=level_NB,
         probs=torch.cat(probs) if probs else None,
-        selector_flops=_selector_flops(source, task) if probs else 0,
+        selector_flops=_selector_flops(source, task) if probs or dealt_NB is not None else 0,
+        own_cost=None if cost_BL is None else path_cost(level_NB, cost_BL.cpu()),
         **_account(source, level_NB, task.image_size),
     )
 

@@ -130,9 +130,9 @@ TABLES = (
         ("mean of 10 tasks",),
         ((),),
         (
-            _one("Baseline", "dense", "51.03", "27.4M", "0.14M"),
-            _one("Cross-stitch", "cross_stitch", "56.03", "> 27.4", "> 0.14M"),
-            _one("Routing", "routing", "58.97", "27.4M", "> 0.14M"),
+            Row("Baseline", "dense", ("51.03",), "27.4M", "0.14M", image_size=84),
+            Row("Cross-stitch", "cross_stitch", ("56.03",), "> 27.4", "> 0.14M", image_size=84),
+            Row("Routing", "routing", ("58.97",), "27.4M", "> 0.14M", image_size=84),
             Row("DENs (rho = 1)", "den", ("60.78",), "18.7M", "0.14M", rho=1, image_size=84),
             Row("DENs (rho = 0.1)", "den", ("62.62",), "19.4M", "0.14M", rho=0.1, image_size=84),
             Row("DEN (rho = 1)", "den", ("63.20",), "33.3M", "0.85M", rho=1, image_size=224),

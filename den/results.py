@@ -2,7 +2,7 @@
 
 summary.json: task -> policy -> `Evaluation.summary()`. evaluations.safetensors: `<task>/<policy>/<what>`, over the test
 images in their order: level uint8 [N, B], prediction and label int16 [N], cost float32 [N], flops int64 [N]; where
-known, parameters int64 [N]; where a selector chose, level_probs float16 [N, B, L].
+known, parameters int64 [N] and own_cost float32 [N]; where a selector chose, level_probs float16 [N, B, L].
 
 N test images, B blocks, L levels.
 """
@@ -26,7 +26,7 @@ from den.metrics import Evaluation, Policy, evaluate
 from den.run_folder import RunFolder
 from den.tasks import Task
 
-POLICIES = ("selector", "random", "full")
+POLICIES = ("selector", "shuffled", "random", "full")
 SUMMARY, EVALUATIONS = "summary.json", "evaluations.safetensors"
 Evaluations = Mapping[str, Mapping[str, Evaluation]]
 
@@ -38,6 +38,7 @@ def write_results(
     policies: Sequence[str] | Mapping[str, Policy] = POLICIES,
     *,
     seed: int = 0,
+    tables: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model on the test images of its tasks and write what came of it; returns the summary.
 
@@ -45,11 +46,15 @@ def write_results(
         folder: of the run; None: nothing is written.
         model: a DEN, its frozen form, or another model that `evaluate` takes.
         policies: names that `evaluate` knows, or a policy for each name, such as {"level 1": [1, 1, 1]}.
-        seed: of the random policy.
+        seed: of the policies that draw.
+        tables: the costs [B, L] that a task was trained with, by its name; None: not told.
     """
     named = policies if isinstance(policies, Mapping) else {name: name for name in policies}
     evaluations = {
-        task.name: {name: evaluate(model, task, policy=policy, seed=seed) for name, policy in named.items()}
+        task.name: {
+            name: evaluate(model, task, policy=policy, seed=seed, cost_BL=(tables or {}).get(task.name))
+            for name, policy in named.items()
+        }
         for task in tasks
     }
     return save_results(folder, evaluations)
@@ -85,6 +90,8 @@ def _tensors(evaluation: Evaluation) -> dict[str, Tensor]:
     }
     if evaluation.parameters is not None:
         tensors["parameters"] = evaluation.parameters.long()
+    if evaluation.own_cost is not None:
+        tensors["own_cost"] = evaluation.own_cost.float()
     if evaluation.probs is not None:
         tensors["level_probs"] = evaluation.probs.half()
     # Clones: safetensors refuses tensors that share memory, as two policies may.
@@ -122,6 +129,7 @@ def _evaluation(tensors: Mapping[str, Tensor]) -> Evaluation:
         cost=tensors["cost"],
         flops=tensors["flops"],
         parameters=tensors.get("parameters"),
+        own_cost=tensors.get("own_cost"),
     )
 
 

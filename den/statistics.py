@@ -109,7 +109,13 @@ def paired_bootstrap(
 
 
 def bootstrap_seeds(
-    correct_a: ArrayLike, correct_b: ArrayLike, *, resamples: int = 10_000, confidence: float = 0.95, seed: int = 0
+    correct_a: ArrayLike,
+    correct_b: ArrayLike,
+    *,
+    resamples: int = 10_000,
+    confidence: float = 0.95,
+    seed: int = 0,
+    paired: bool = False,
 ) -> Difference:
     """The same of the mean accuracies of several seeds: test images and, independently, each side's seeds drawn anew.
 
@@ -120,12 +126,15 @@ def bootstrap_seeds(
         correct_a, correct_b: boolean [S, N] of each kind of network, the same images in the same order; their S may
             differ.
         resamples, confidence, seed: as in `paired_bootstrap`.
+        paired: the seeds of both are the same trained networks, and are drawn together.
 
     Raises: ValueError for arrays of other shapes or kinds, and for numbers out of range.
     """
     a_SN, b_SN = _boolean("correct_a", correct_a, 2), _boolean("correct_b", correct_b, 2)
     if a_SN.shape[1] != b_SN.shape[1]:
         raise ValueError(f"correct_a has {a_SN.shape[1]} images and correct_b {b_SN.shape[1]}; they must be the same")
+    if paired and len(a_SN) != len(b_SN):
+        raise ValueError(f"correct_a has {len(a_SN)} seeds and correct_b {len(b_SN)}; paired, they must be the same")
     if resamples < 1:
         raise ValueError(f"resamples is {resamples}; it must be at least 1")
     if not 0 < confidence < 1:
@@ -137,10 +146,11 @@ def bootstrap_seeds(
     pattern, count = np.unique(both_SN, axis=1, return_counts=True)
     drawn = generator.multinomial(images, count / images, size=resamples)
     accuracy_RS = drawn @ pattern.T.astype(np.float64) / images
-    means = []
-    for start, seeds in ((0, len(a_SN)), (len(a_SN), len(b_SN))):
-        chosen_RS = start + generator.integers(seeds, size=(resamples, seeds))
-        means.append(np.take_along_axis(accuracy_RS, chosen_RS, axis=1).mean(1))
+    drawn_RS = generator.integers(len(a_SN), size=(resamples, len(a_SN)))
+    other_RS = drawn_RS if paired else generator.integers(len(b_SN), size=(resamples, len(b_SN)))
+    means = [
+        np.take_along_axis(accuracy_RS, chosen_RS, axis=1).mean(1) for chosen_RS in (drawn_RS, len(a_SN) + other_RS)
+    ]
     difference_R = 100 * (means[0] - means[1])
     outside = (1 - confidence) / 2
     low, high = np.quantile(difference_R, (outside, 1 - outside))

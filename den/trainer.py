@@ -84,7 +84,10 @@ class Trainer:
         self._set_costs()
         loop.run(self.phases())
         first = loop.fabric.is_global_zero
-        summary = write_results(loop.folder, freeze(self.model), loop.tasks, seed=self.config.seed) if first else {}
+        summary = {}
+        if first:
+            tables = self.selecting.tables
+            summary = write_results(loop.folder, freeze(self.model), loop.tasks, seed=self.config.seed, tables=tables)
         return cast(dict[str, Any], loop.fabric.broadcast(summary))
 
     def phases(self) -> list[Phase]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,14 @@ CLASSES = 4
 
 
 def evaluation(
-    right: int, *, blocks: int = 3, levels: int = 4, flops: int = 500_000, seed: int = 0, selector: bool = True
+    right: int,
+    *,
+    blocks: int = 3,
+    levels: int = 4,
+    flops: int = 500_000,
+    seed: int = 0,
+    selector: bool = True,
+    own_cost: float | None = None,
 ) -> Evaluation:
     """So many of 40 images right; levels and probabilities random, labels always the same."""
     generator = torch.Generator().manual_seed(seed)
@@ -38,6 +46,7 @@ def evaluation(
         parameters=torch.full((IMAGES,), 300_000),
         stored_parameters=1_000_000,
         selector_flops=20_000 if selector else 0,
+        own_cost=None if own_cost is None else torch.full((IMAGES,), own_cost),
     )
 
 
@@ -52,25 +61,38 @@ def write_run(
     model: str = "wrn_8_1",
     blocks: int = 3,
     levels: int = 4,
-    flops: int = 500_000,
+    flops: int | Mapping[str, int] = 500_000,
+    budgets: Mapping[float, int] | None = None,
+    own_cost: float | None = None,
     metrics: tuple[dict[str, Any], ...] = (),
     **more: Any,
 ) -> Run:
-    """A finished run. more: `about` (scenario, scale, row) and `train` (rho, tau, share) as they are in config.json."""
-    options = {"blocks": blocks, "levels": levels, "seed": seed}
-    policies = {policy: evaluation(right, flops=flops, selector=policy == "selector", **options)}
-    if method == "den":
-        policies["random"] = evaluation(12, flops=flops, selector=False, **options)
-        policies["full"] = evaluation(32, flops=1_000_000, selector=False, **options)
+    """A finished run.
+
+    flops: an image, or by task. budgets: of a selector that is told one, and the FLOPs at each. more: `about`
+    (scenario, scale, row), `train` (rho, tau, share), `model_options` and `top` (any other part), as in config.json.
+    """
+    options: dict[str, Any] = {"blocks": blocks, "levels": levels, "seed": seed, "own_cost": own_cost}
+    evaluations = {}
+    for task in tasks:
+        cost = flops if isinstance(flops, int) else flops[task]
+        policies = {policy: evaluation(right, flops=cost, selector=policy == "selector", **options)}
+        if method == "den":
+            policies["random"] = evaluation(12, flops=cost, selector=False, **options)
+            policies["full"] = evaluation(32, flops=1_000_000, selector=False, **options)
+        for budget, spent in (budgets or {}).items():
+            policies[f"budget {budget:g}"] = evaluation(right, flops=spent, **options)
+        evaluations[task] = policies
     folder.mkdir(parents=True)
     ratios = [level / (levels - 1) for level in range(levels)] if levels > 1 else [1.0]
     about = {"method": method, "policy": policy, "seed": seed, **more.get("about", {})}
     about = {"scenario": None, "scale": None, "row": None, **about}
     train = {"seed": seed, "out": str(folder), "batch_size": 8, **more.get("train", {})}
-    config = {"train": train, "model": {"name": model, "ratios": ratios}, "about": about, "source": {}}
+    described = {"name": model, "ratios": ratios, **more.get("model_options", {})}
+    config = {"train": train, "model": described, "about": about, "source": {}, **more.get("top", {})}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
-    save_results(folder, dict.fromkeys(tasks, policies))
+    save_results(folder, evaluations)
     return read_run(folder)
 
 
@@ -85,7 +107,7 @@ def training_log(levels: int = 4, epochs: int = 3) -> tuple[dict[str, Any], ...]
         for epoch in range(epochs):
             lines.append(
                 {"stage": stage, "epoch": epoch, "seconds": 1.0, "phase": "selector", "loss": 1.4, "reward": 1.4,
-                 "entropy": 2.0, "cost": 0.6, **usage}
+                 "entropy": 1.2, "cost": 0.6, **usage}
             )  # fmt: skip
     return tuple(lines)
 

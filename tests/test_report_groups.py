@@ -9,7 +9,8 @@ import pytest
 from den import paper
 from den.report import sheets
 from den.report.groups import studies
-from tests.report_cases import write_run
+from den.results import read_run, save_results
+from tests.report_cases import evaluation, write_run
 
 C1 = {"scenario": "c1", "scale": "paper"}
 RESNEXT = {"tasks": ("cifar10",), "model": "resnext_29_4x64d", "about": C1}
@@ -114,7 +115,7 @@ def test_a_run_that_was_to_meet_a_cost_is_named_by_it_and_stands_beside_no_rho(t
     run = write_run(tmp_path / "den", train={"rho": 1.0, "target_cost": 0.5}, **RESNEXT)
     (sheet,) = sheets.beside_paper(studies([run])[0])
     assert cells(sheet, "DEN (rho = 1)")["method"] == "not run"
-    assert [row[4] for row in sheet.rows if row[0] == "(not in the paper)"] == ["DEN (cost = 0.5)"]
+    assert [row[4] for row in sheet.rows if row[0] == "(not in the paper)"] == ["DEN (cost = 0.5 of parameters)"]
 
 
 def test_paired_tests_are_over_the_same_images(tmp_path: Path) -> None:
@@ -123,12 +124,132 @@ def test_paired_tests_are_over_the_same_images(tmp_path: Path) -> None:
     sheet = sheets.paired_tests(studies([*den, slim])[0])
     row = cells(sheet, "DEN (rho = 1)")
     assert (row["B"], row["A - B, points"], row["seeds"]) == ("static slim network", "+45.00", "2, 1")
+    assert row["FLOPs, B / A"] == "0.96"
     assert float(row["only A right"]) - float(row["only B right"]) == 18
     assert float(row["p (McNemar)"]) < 0.001
     assert sheets.paired_tests(studies(den)[0]) is None
     labels = slim.evaluations["digits"]["fixed"].label
     labels[0] = 3  # other images
     assert sheets.paired_tests(studies([*den, slim])[0]) is None
+
+
+def test_pairs_are_those_of_equal_flops_or_the_nearest(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / "d1", train={"rho": 1.0}, flops=300_000),  # 320,000 with its selector
+        write_run(tmp_path / "d2", train={"rho": 0.1}, flops=600_000),
+        *(
+            write_run(tmp_path / f"s{k}", method="slim", policy="fixed", flops=1000 * k, train={"share": k / 1000})
+            for k in (310, 330, 630)
+        ),
+        write_run(tmp_path / "dense", method="dense", policy="full", flops=1_000_000),
+        *(
+            write_run(tmp_path / f"b{k}", method="blockdrop", flops=1000 * k, train={"share": k / 1000})
+            for k in (700, 900)
+        ),
+    ]
+    sheet = sheets.paired_tests(studies(runs)[0])
+    assert sheet is not None
+    assert [(row[0], row[1], row[3]) for row in sheet.rows] == [
+        ("DEN (rho = 1)", "static slim network (share 0.31)", "0.97"),
+        ("DEN (rho = 1)", "static slim network (share 0.33)", "1.03"),
+        ("DEN (rho = 1)", "dense network", "3.12"),
+        ("DEN (rho = 1)", "BlockDrop (share 0.7)", "2.25"),
+        ("DEN (rho = 0.1)", "static slim network (share 0.63)", "1.02"),
+        ("DEN (rho = 0.1)", "dense network", "1.61"),
+        ("DEN (rho = 0.1)", "BlockDrop (share 0.7)", "1.16"),
+    ]
+    assert "within 10%" in " ".join(sheet.notes)
+
+
+def test_shuffled_levels_have_a_row_and_a_paired_test(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "den", right=38, train={"rho": 1.0})
+    evaluations = {"digits": {**run.evaluations["digits"], "shuffled": evaluation(28)}}
+    save_results(run.path, evaluations)
+    (study,) = studies([read_run(run.path)])
+    label = "DEN (rho = 1), levels shuffled over images"
+    assert cells(sheets.results(study), label)["digits"] == "70.00"
+    tests = sheets.paired_tests(study)
+    assert tests is not None
+    row = cells(tests, "DEN (rho = 1)")
+    assert (row["B"], row["A - B, points"]) == (label, "+25.00")
+    assert "fitting its paths to the images" in " ".join(tests.notes)
+
+
+@pytest.mark.parametrize("size", [84, 224])
+def test_table_3_has_the_rows_of_the_studys_image_size(size: int, tmp_path: Path) -> None:
+    tasks = tuple(f"task_{i}" for i in range(10))
+    name = "DENs (rho = 1)" if size == 84 else "DEN (rho = 1)"
+    common = {"tasks": tasks, "model": f"simple_conv_net_{size}", "train": {"rho": 1.0}}
+    top = {"preprocessing": {task: {"image_size": [size, size]} for task in tasks}}
+    runs = [write_run(tmp_path / "den", about={"scenario": "m2", "scale": "paper", "row": name}, top=top, **common)]
+    (sheet,) = sheets.beside_paper(studies(runs)[0])
+    assert not any("Ours is" in note for note in sheet.notes)
+    names = {84: ["Baseline", "Cross-stitch", "Routing", "DENs (rho = 1)", "DENs (rho = 0.1)"]}
+    assert [row[0] for row in sheet.rows] == names.get(size, ["DEN (rho = 1)", "DEN (rho = 0.1)"])
+    assert cells(sheet, name)["method"] == "DEN (rho = 1)"
+    about = {"scenario": "m2", "scale": "small"}
+    top = {"preprocessing": {task: {"image_size": [32, 32]} for task in tasks}}
+    runs = [write_run(tmp_path / "small", **{**common, "model": "simple_conv_net"}, about=about, top=top)]
+    (sheet,) = sheets.beside_paper(studies(runs)[0])  # of another size: beside the nearest
+    assert [row[0] for row in sheet.rows] == names[84]
+    assert cells(sheet, "DENs (rho = 1)")["method"] == "DEN (rho = 1)"
+    assert sheet.notes[0] == "Ours are other data sets than the paper's."
+
+
+def test_a_table_of_one_task_has_that_tasks_cost(tmp_path: Path) -> None:
+    about = {"scenario": "m3", "scale": "paper"}
+    common = {"tasks": ("coarse", "fine"), "model": "wrn_32_4"}
+    runs = [
+        write_run(tmp_path / "nested", method="nestednet", policy="nested", about={**about, "row": "NestedNet"},
+                  flops={"coarse": 250_000, "fine": 1_000_000}, **common),
+        write_run(tmp_path / "apart", method="independent", policy="fixed", about={**about, "row": "Baseline"},
+                  flops=1_000_000, **common),
+    ]  # fmt: skip
+    coarse, fine = sheets.beside_paper(studies(runs)[0])
+    assert [sheet.title.split()[1] for sheet in (coarse, fine)] == ["4a", "4b"]
+    found = [
+        [cells(sheet, "NestedNet")[key] for key in ("2 x MACs", "MACs", "full / ours")] for sheet in (coarse, fine)
+    ]
+    assert found == [["0.25", "0.12", "4.00x"], ["1.00", "0.50", "1.00x"]]
+    assert cells(sheets.results(studies(runs)[0]), "NestedNet")["2 x MACs"] == "0.62"  # both tasks: their mean
+
+
+def test_budgets_are_results_of_one_den(tmp_path: Path) -> None:
+    told = {"model_options": {"selector": {"budget": 0.5}}, "budgets": {0.2: 200_000, 0.5: 400_000, 0.8: 800_000}}
+    run = write_run(tmp_path / "den", train={"rho": 1.0, "cost_unit": "flops"}, **RESNEXT, **told)
+    (study,) = studies([run])
+    assert [(entry.label, entry.policy) for entry in study.entries if entry.own] == [
+        ("DEN (budget 0.5 of FLOPs)", "selector"),
+        ("DEN (budget 0.2 of FLOPs)", "budget 0.2"),
+        ("DEN (budget 0.8 of FLOPs)", "budget 0.8"),
+    ]
+    assert cells(sheets.results(study), "DEN (budget 0.2 of FLOPs)")["2 x MACs"] == "0.20"
+    (sheet,) = sheets.beside_paper(study)
+    assert cells(sheet, "DEN (rho = 1)")["method"] == "not run"  # no rho was kept to
+    assert len([row for row in sheet.rows if row[0] == "(not in the paper)"]) == 3
+
+
+def test_costs_are_told_in_the_unit_of_training_too(tmp_path: Path) -> None:
+    flops = {"rho": 1.0, "cost_unit": "flops"}
+    runs = [
+        write_run(tmp_path / "flops", train={**flops, "target_cost": 0.4}, own_cost=0.41, **RESNEXT),
+        write_run(tmp_path / "rho", train=flops, own_cost=0.3, **RESNEXT),
+        write_run(tmp_path / "old", train={"rho": 1.0, "cost_unit": "latency"}, **RESNEXT),  # written by older code
+        write_run(tmp_path / "parameters", train={"rho": 1.0}, **RESNEXT),
+    ]
+    (study,) = studies(runs)
+    sheet = sheets.results(study)
+    assert ("cost, share of", 2) in sheet.spans
+    parameters = cells(sheet, "DEN (rho = 1)")["parameters"]
+    assert {row[0]: row[sheet.header.index("unit of training")] for row in sheet.rows if "," not in row[0]} == {
+        "DEN (cost = 0.4 of FLOPs)": "0.410 FLOPs",
+        "DEN (rho = 1 on FLOPs)": "0.300 FLOPs",
+        "DEN (rho = 1 on measured time)": "-",
+        "DEN (rho = 1)": f"{parameters} parameters",
+    }
+    (beside,) = sheets.beside_paper(study)  # equation 5 is of parameters: others stand beside no rho
+    assert cells(beside, "DEN (rho = 1)")["method"] == "DEN (rho = 1)"
+    assert "unit of training" not in sheets.results(studies(runs[3:])[0]).header
 
 
 def test_the_papers_figures() -> None:

@@ -107,9 +107,35 @@ def test_curves_and_speed_of_training(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / str(s), seed=s, train={"rho": 1.0}, metrics=training_log()) for s in (0, 1)]
     (study,) = studies(runs)
     paths = curves.training_curves(study.groups[0], tmp_path / "c")
-    texts = ("entropy of the selector", "every level alike: 4.2", "seed 1", "levels taken, %", "level 3: all channels")
+    texts = (
+        "entropy of the selector",
+        "nats a block",
+        "every level alike: 1.39",
+        "seed 1",
+        "levels taken, %",
+        "level 3: all channels",
+    )
     check_written(paths, *texts, "selector learns", "mean cost of the paths", "reward")
-    check_written(compare.training_speed(study.groups, tmp_path / "s"), "training images a second", "DEN (rho = 1)")
+    paths = compare.training_speed(study.groups, tmp_path / "s")
+    check_written(paths, "training images a second", "DEN (rho = 1)", "share of the blocks' parameters")
     silent = studies([write_run(tmp_path / "silent")])[0]
     assert curves.training_curves(silent.groups[0], tmp_path / "c") == []
     assert compare.training_speed(silent.groups, tmp_path / "s") == []
+
+
+def test_costs_in_another_unit_are_told_with_it(tmp_path: Path) -> None:
+    train = {"rho": 1.0, "cost_unit": "flops", "target_cost": 0.5}
+    (study,) = studies([write_run(tmp_path / "den", train=train, metrics=training_log())])
+    paths = curves.training_curves(study.groups[0], tmp_path / "c")
+    check_written(paths, "mean cost of the paths: share of FLOPs", "DEN (cost = 0.5 of FLOPs)")
+    check_written(compare.training_speed(study.groups, tmp_path / "s"), "share of the blocks' FLOPs")
+
+
+def test_budgets_are_a_curve_of_their_own(tmp_path: Path) -> None:
+    told = {"model_options": {"selector": {"budget": 0.5}}, "budgets": {0.2: 200_000, 0.5: 400_000, 0.8: 800_000}}
+    runs = [write_run(tmp_path / "told", train={"rho": 1.0}, **told)]
+    runs.append(write_run(tmp_path / "rho", train={"rho": 1.0}))
+    (study,) = studies(runs)
+    drawn = Path(compare.frontier(study, tmp_path / "f")[1]).read_text()
+    for text in ("DEN, one told its budget", "budget 0.2 of parameters", "budget 0.5 of parameters", "rho = 1"):
+        assert text in drawn, text

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
 import subprocess
+from datetime import date
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,9 +17,11 @@ import torch
 import den
 from den.cli import USAGE, main
 from den.config import EstimatorConfig, SelectorConfig, TrainConfig
+from den.report.build import _commit, build
 from den.results import read_run
 from den.tasks import load_task
 from den.trainer import Trainer
+from tests.report_cases import training_log, write_run
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -142,6 +146,39 @@ def test_a_browser_shows_the_page_at_every_width(report: Path, width: int, tmp_p
     assert wide == 0
     assert images == shown > 8
     assert asked == 0
+
+
+def test_a_report_tells_what_it_was_made_by(tmp_path: Path, monkeypatch) -> None:
+    def no_images(run, name):
+        raise ValueError("no images here")
+
+    monkeypatch.chdir(tmp_path)
+    logged = {"top": {"started": "2026-01-02T03:04:05", "threads": 2}}
+    runs = [write_run(Path("runs/den"), train={"rho": 1.0}, metrics=training_log(), **logged)]
+    runs.append(write_run(Path("runs/den2"), train={"rho": 0.1}, metrics=training_log()))
+    build(runs, "out", task_of=no_images, command=["den", "report", "runs/my den", "--out", "out"])
+    data = json.loads(Path("out/report.json").read_text())
+    assert data["command"] == "den report 'runs/my den' --out out"
+    assert data["den"] == den.__version__
+    assert data["date"] == date.today().isoformat()
+    assert data["commit"] is None or re.fullmatch(r"[0-9a-f]{12}(-dirty)?", data["commit"])
+    today = date.today().isoformat()  # of a run that logged no start: its config.json's
+    assert data["runs"] == [
+        {"path": "runs/den", "started": "2026-01-02", "minutes": 0.2, "threads": 2},
+        {"path": "runs/den2", "started": today, "minutes": 0.2, "threads": None},
+    ]
+    text = Path("out/tables.md").read_text()
+    assert text.startswith(f"Made by `den report 'runs/my den' --out out` with den {den.__version__}")
+    assert str(tmp_path) not in text + json.dumps(data)
+    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("| runs/den")]
+    assert [row[8:11] for row in rows] == [["2026-01-02", "0.2", "2"], [today, "0.2", "-"]]
+    assert "den report 'runs/my den' --out out" in html.unescape(Path("out/report.html").read_text())
+
+
+def test_no_commit_is_told_outside_of_a_checkout(tmp_path: Path) -> None:
+    assert _commit(tmp_path) is None
+    (tmp_path / ".git").mkdir()  # broken
+    assert _commit(tmp_path) is None
 
 
 def test_what_cannot_be_reported_is_told_in_one_line(tmp_path: Path, capsys) -> None:

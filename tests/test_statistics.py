@@ -84,6 +84,19 @@ def test_seeds_widen_the_interval() -> None:
     assert deviation == pytest.approx(np.sqrt(2) * np.sqrt(2 / 3) * 10 / np.sqrt(3), rel=0.06)
 
 
+def test_seeds_of_the_same_networks_are_drawn_together() -> None:
+    """Seeds ten points apart, each a point better one way than the other: apart they say nothing, together all."""
+    images = 2000
+    rows = lambda shares: np.stack([np.arange(images) < share * images for share in shares])  # noqa: E731
+    a, b = rows([0.71, 0.81, 0.91]), rows([0.70, 0.80, 0.90])
+    together, apart = bootstrap_seeds(a, b, paired=True), bootstrap_seeds(a, b)
+    assert together.points == apart.points == pytest.approx(1)
+    assert together.p < 0.01
+    assert apart.p > 0.3
+    with pytest.raises(ValueError, match="correct_a has 3 seeds and correct_b 2; paired, they must be the same"):
+        bootstrap_seeds(a, b[:2], paired=True)
+
+
 def test_bootstrap_is_reproducible() -> None:
     a, b = outcomes(50, 9, 4, 37)
     assert paired_bootstrap(a, b, seed=3) == paired_bootstrap(a, b, seed=3)

@@ -60,7 +60,7 @@ def test_run_folder_holds_the_run(digits: Task, tmp_path: Path) -> None:
     assert records[1]["loss"] < records[0]["loss"]
     assert records[3]["lr"] == pytest.approx(0.005)
     assert json.loads((tmp_path / "run/summary.json").read_text()) == json.loads(json.dumps(summary))
-    assert set(summary["digits"]) == {"selector", "random", "full"}
+    assert set(summary["digits"]) == {"selector", "shuffled", "random", "full"}
     assert summary["digits"]["full"]["cost_mean"] == 1
     loaded = den.load(tmp_path / "run/checkpoint")
     assert torch.equal(weights(loaded), weights(model))

@@ -61,6 +61,7 @@ class Report:
                 latency=self.latency,
                 seconds=self.seconds,
                 progress=log,
+                command=["den", "report", *arguments],
             )
         for sentence in report.missing:
             log(f"left out: {sentence}")

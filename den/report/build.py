@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from PIL import Image
 
 from den.files import write_whole
 from den.report import compare, curves, figures, html, images, models, sheets
-from den.report.groups import Entry, Group, Study, backbone, studies
+from den.report.groups import Entry, Group, Study, backbone, cost_unit, studies
 from den.report.latency import BATCHES, Latencies, measure
 from den.results import Run
 from den.statistics import Spread
@@ -44,6 +47,7 @@ def build(
     paper_tables: Sequence[str] = (),
     latency: bool = False,
     seconds: float = 2.0,
+    command: Sequence[str] = (),
     progress: Callable[[str], object] = lambda text: None,
 ) -> Report:
     """Write report.html, tables.md, report.json and figures/ to a folder, made if missing.
@@ -53,6 +57,7 @@ def build(
         task_of: the data of a run's task, for pictures of its images; raises ValueError or OSError where they are not.
         paper_tables: numbers of printed tables to show whole, whatever the runs are.
         latency: measure the time of the methods, about `seconds` for each task and batch size.
+        command: the command line that asks for it, word by word, to be told in the report.
         progress: told what is being done.
 
     Raises RuntimeError where matplotlib is missing, ValueError for an unknown table or damaged evaluations.
@@ -65,17 +70,49 @@ def build(
         body += writer.study(study, f"study-{number + 1}")
     if printed:
         body += [html.heading(2, "Tables of the paper", "paper"), *map(writer.table, printed)]
-    body += writer.conditions(runs)
+    made = made_by(command)
+    body += writer.conditions(runs, made)
     report = writer.report
     report.data["studies"] = [study_data(study, writer.latencies.get(study.key)) for study in found]
     report.data["missing"] = report.missing
     texts = {
         "report.html": html.page("Deep Elastic Networks: report", body),
-        "tables.md": "\n\n".join(table.markdown() for table in writer.tables) + "\n",
+        "tables.md": "\n\n".join([_in_words(made), *(table.markdown() for table in writer.tables)]) + "\n",
         "report.json": json.dumps(report.data, indent=2) + "\n",
     }
     report.files = [_write(Path(out) / name, text) for name, text in texts.items()] + report.files
     return report
+
+
+def made_by(command: Sequence[str]) -> dict[str, Any]:
+    """What a report was made by: command line, version, git commit (None outside of a checkout), date and machine."""
+    import den
+
+    words = shlex.join(command) if command else None
+    return {
+        "command": words,
+        "den": den.__version__,
+        "commit": _commit(Path(den.__file__).parents[1]),
+        "date": date.today().isoformat(),
+        "hardware": hardware(),
+    }
+
+
+def _commit(checkout: Path) -> str | None:
+    """The commit of a git checkout, with "-dirty" where files differ from it; None where there is none, or no git."""
+    if not (checkout / ".git").exists():
+        return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _in_words(made: dict[str, Any]) -> str:
+    command = f"Made by `{made['command']}`" if made["command"] else "Made"
+    commit = f", commit {made['commit']}" if made["commit"] else ""
+    return f"{command} with den {made['den']}{commit}, on {made['date']}, on {made['hardware']}."
 
 
 def _write(path: Path, text: str) -> Path:
@@ -170,7 +207,7 @@ class _Writer:
                     conditions=f"{_conditions(study)}\n{hardware()}",
                 ),
                 f"Accuracy against measured time, batch {batch}, selector included. All took turns in one run; a "
-                "method whose network is no DEN was not timed.",
+                "method whose network is neither a DEN nor plain was not timed.",
             )  # fmt: skip
 
     def training(self, study: Study) -> Iterator[str]:
@@ -243,19 +280,31 @@ class _Writer:
             "Test images from the cheapest path to the dearest.",
         )
 
-    def conditions(self, runs: Sequence[Run]) -> list[str]:
-        """The runs, what is missing, and where this was drawn."""
-        import den
-
-        header = ("run", "method", "scenario", "scale", "seed", "model", "tasks", "training")
+    def conditions(self, runs: Sequence[Run], made: dict[str, Any]) -> list[str]:
+        """The runs, what is missing, and what this was made by."""
+        header = (
+            "run",
+            "method",
+            "scenario",
+            "scale",
+            "seed",
+            "model",
+            "tasks",
+            "started",
+            "minutes",
+            "threads",
+            "training",
+        )
         rows = tuple(_run_row(run) for run in runs)
-        table = sheets.Sheet("Runs", header, rows, left=(0, 1, 2, 3, 5, 6, 7))
+        notes = ["Minutes of training, without evaluation."]
+        if any("started" not in run.config for run in runs):
+            notes.append("Started: where a run does not tell it, the date of its config.json.")
+        table = sheets.Sheet("Runs", header, rows, left=(0, 1, 2, 3, 5, 6, 7, 10), notes=tuple(notes))
         body = [html.heading(2, "Runs and conditions", "conditions"), self.table(table)]
         if self.report.missing:
             body += [html.heading(3, "Left out"), html.bullets(self.report.missing)]
-        place = f"Drawn with den {den.__version__} on {hardware()}."
-        self.report.data = {"den": den.__version__, "hardware": hardware(), "runs": [str(run.path) for run in runs]}
-        return [*body, html.paragraph(place, soft=True)]
+        self.report.data = {**made, "runs": [run_data(run) for run in runs]}
+        return [*body, html.paragraph(_in_words(made).replace("`", ""), soft=True)]
 
     def path(self, *names: str) -> Path:
         """Where a picture goes."""
@@ -283,12 +332,14 @@ def _plain(text: str) -> str:
 
 def _run_row(run: Run) -> tuple[str, ...]:
     train, about = run.config.get("train", {}), run.about
-    epochs = f"{len(run.metrics)} epochs, {sum(line.get('seconds', 0) for line in run.metrics) / 60:.1f} min"
+    data = run_data(run)
+    epochs = f"{len(run.metrics)} epochs"
+    when = (data["started"], f"{data['minutes']:.1f}", str(data["threads"] or sheets.DASH))
     batch = f", batch {train['batch_size']}" if "batch_size" in train else ""
     told = [
         str(about[key]) if about[key] is not None else sheets.DASH for key in ("method", "scenario", "scale", "seed")
     ]
-    return (str(run.path), *told, backbone(run), ", ".join(run.summary), epochs + batch)
+    return (str(run.path), *told, backbone(run), ", ".join(run.summary), *when, epochs + batch)
 
 
 def in_short(study: Study) -> Iterator[str]:
@@ -307,9 +358,21 @@ def in_short(study: Study) -> Iterator[str]:
 # For programs
 
 
+def run_data(run: Run) -> dict[str, Any]:
+    """A run's path as it was given, the date of its start, minutes of training, and threads (None: not logged)."""
+    begun = date.fromtimestamp((run.path / "config.json").stat().st_mtime).isoformat()
+    return {
+        "path": str(run.path),
+        "started": str(run.config.get("started", begun))[:10],
+        "minutes": round(sum(line.get("seconds", 0) for line in run.metrics) / 60, 1),
+        "threads": run.config.get("threads"),
+    }
+
+
 def study_data(study: Study, latencies: Latencies | None = None) -> dict[str, Any]:
     """A study as plain values: for each method and task, mean and deviation of every number that is known."""
-    keys = ("accuracy", "flops_mean", "selector_flops", "cost_mean", "parameters", "parameters_mean", "unique_paths")
+    keys = ("accuracy", "flops_mean", "selector_flops", "cost_mean", "own_cost_mean", "parameters", "parameters_mean",
+            "unique_paths")  # fmt: skip
     methods = []
     for entry in study.entries:
         tasks = {}
@@ -324,6 +387,7 @@ def study_data(study: Study, latencies: Latencies | None = None) -> dict[str, An
                 "policy": entry.policy,
                 "own": entry.own,
                 "row": about["row"],
+                "cost_unit": cost_unit(entry.runs[0]),
                 "seeds": [run.about["seed"] for run in entry.runs],
                 "runs": [str(run.path) for run in entry.runs],
                 "tasks": tasks,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from den.report.groups import METHODS, Entry, Group, Study
+from den.report.groups import BUDGET, METHODS, UNITS, Entry, Group, Study, cost_unit
 from den.report.style import (
     BLACK,
     BLUE,
@@ -41,6 +41,7 @@ MARKS = {  # method: mark, size, colour
     "pruned": ("d", 75, GREY),
 }
 OTHER = ("o", 60, GREY)
+TOLD = ("p", 120, SKY)  # a DEN told its budget
 PROBES = {"random": ("X", "DEN, random levels"), "full": ("^", "DEN, full path")}
 MOST_PANELS = 4  # tasks; of more, their mean is drawn alone
 RANGE = 25  # points of accuracy below the best at which an entry is still drawn
@@ -110,13 +111,16 @@ def _series(entry: Entry) -> str:
     if not entry.own:
         return PROBES[entry.policy][1]
     name = METHODS.get(entry.method, entry.method)
+    if entry.detail.startswith(BUDGET):
+        return f"{name}, one told its budget"
     rest = entry.label.removeprefix(name).strip(" ()").removeprefix(entry.detail).strip(" ,()")
     return f"{name} ({rest})" if rest and entry.method != "nestednet" else name
 
 
 def _draw_series(axis: Axes, name: str, members: Sequence[tuple[Entry, Spread, Spread]]) -> None:
     first = members[0][0]
-    mark, size, colour = MARKS.get(first.method, OTHER)
+    told = first.own and first.detail.startswith(BUDGET)
+    mark, size, colour = TOLD if told else MARKS.get(first.method, OTHER)
     face = "none" if first.method in ("dense", "independent") else colour  # hollow: others often lie on top of it
     if not first.own:
         mark, size, face = PROBES[first.policy][0], 45, "none"
@@ -127,7 +131,8 @@ def _draw_series(axis: Axes, name: str, members: Sequence[tuple[Entry, Spread, S
     )  # fmt: skip
     if len(members) > 1 and first.own:
         axis.plot(xs, ys, "-", color=colour, lw=1, alpha=0.6, zorder=2)
-        nearer, further = (10, 20) if first.method == "den" else (-17, -27)  # a DEN's above: others may be at its place
+        above = first.method == "den" and not told  # others may be at a DEN's place
+        nearer, further = (10, 20) if above else (-17, -27)
         for place, (entry, x, y) in enumerate(members):  # in turn: neighbours may be near
             where, text = (0, further if place % 2 else nearer), entry.detail or entry.policy
             axis.annotate(
@@ -180,6 +185,8 @@ def initial_distribution(group: Group) -> str:
 def training_speed(groups: Sequence[Group], path: str | os.PathLike[str], *, conditions: str = "") -> list[Path]:
     """Images a second over the mean cost of the paths: a point an epoch of the estimator, first seed of each group.
 
+    Costs are as they were logged, in the run's own unit.
+
     Returns the files written; none where no run logged both.
     """
     logged = [(group, [line for line in group.first.metrics if _speed_is_known(line)]) for group in groups]
@@ -192,7 +199,8 @@ def training_speed(groups: Sequence[Group], path: str | os.PathLike[str], *, con
         mark, size, _ = MARKS.get(group.first.about["method"], OTHER)
         xs, ys = [line["cost"] for line in lines], [line["images_per_second"] for line in lines]
         axes[0].scatter(xs, ys, s=size / 2, marker=mark, color=colours[place], label=group.label, alpha=0.8)
-    axes[0].set_xlabel("mean cost of the paths in an epoch: share of the blocks' parameters")
+    units = list(dict.fromkeys(UNITS[cost_unit(group.first)] for group, _ in series))
+    axes[0].set_xlabel(f"mean cost of the paths in an epoch: share of the blocks' {' or '.join(units)}")
     axes[0].set_ylabel("training images a second")
     axes[0].set_xlim(0, 1.05)
     axes[0].set_ylim(0, 1.08 * axes[0].get_ylim()[1])

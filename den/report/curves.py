@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from den.report.groups import Group
+from den.report.groups import UNITS, Group, cost_unit
 from den.report.style import (
     GREY,
     level_colours,
@@ -27,8 +27,8 @@ CURVES = (  # phase (None: every), key, title
     ("estimator", "loss", "loss of the estimator"),
     ("estimator", "accuracy", "accuracy on training images, %"),
     ("selector", "reward", "reward: loss + S(z), minimised"),
-    ("selector", "entropy", "entropy of the selector, nats an image"),
-    (None, "cost", "mean cost of the paths"),
+    ("selector", "entropy", "entropy of the selector, nats a block"),
+    (None, "cost", "mean cost of the paths: share of {unit}"),
 )
 
 
@@ -58,7 +58,7 @@ def training_curves(group: Group, path: str | os.PathLike[str], *, conditions: s
             style = "o-" if len(points) < 40 else "-"
             xs, ys = zip(*points, strict=True)
             axis.plot(xs, ys, style, ms=3, lw=1, color=level_colours(len(runs) + 1)[place])
-        axis.set_title(title)
+        axis.set_title(title.format(unit=UNITS[cost_unit(group.first)]))
     _entropy_of_chance(group, axes, wanted)
     if levels:
         _usage_over_epochs(axes[-1], levels)
@@ -95,13 +95,13 @@ def _usage_over_epochs(axis: Axes, levels: Sequence[tuple[int, list[float]]]) ->
 
 
 def _entropy_of_chance(group: Group, axes: Sequence[Axes], wanted: Sequence[tuple]) -> None:
-    """A line where every level of every block is as likely as any other."""
+    """A line where every level of a block is as likely as any other."""
     usage = next(iter(group.first.own.values())).get("level_usage")
     if not usage or len(usage[0]) < 2:
         return
     for axis, (_, key, _) in zip(axes, wanted, strict=False):
         if key == "entropy":
-            chance = len(usage) * math.log(len(usage[0]))
+            chance = math.log(len(usage[0]))
             axis.set_ylim(0, 1.2 * axis.get_ylim()[1])
             near = axis.get_ylim()[1] > chance / 3
             if near:
@@ -109,7 +109,7 @@ def _entropy_of_chance(group: Group, axes: Sequence[Axes], wanted: Sequence[tupl
                 axis.set_ylim(0, 1.2 * max(chance, axis.get_ylim()[1] / 1.2))
             place = (0.98, chance) if near else (0.98, 0.97 * axis.get_ylim()[1])
             axis.text(
-                *place, f"every level alike: {chance:.1f}", transform=axis.get_yaxis_transform(), ha="right",
+                *place, f"every level alike: {chance:.2f}", transform=axis.get_yaxis_transform(), ha="right",
                 va="bottom" if near else "top", fontsize=8, color=GREY,
             )  # fmt: skip
 

@@ -208,5 +208,8 @@ def sample_paths(
         strip.set_axis_off()
     handles = [patch(colours[level], f"level {level}: {share_of_channels(r)}") for level, r in enumerate(ratios)]
     place_legend(figure, handles, [handle.get_label() for handle in handles])
-    subtitle = "a bar a block, from input to output; its height: the share of the block's channels that ran"
+    subtitle = (
+        "a bar a block, from input to output; its height: the share of the block's channels that ran\n"
+        "cost: the mean share of the blocks' parameters"
+    )
     return write(figure, path, "The sub-network that each image took", "\n".join(filter(None, (subtitle, conditions))))

@@ -36,8 +36,11 @@ SCENARIOS = {
 }
 # Settings in which runs of one method may differ and still be that method: whose, where and how it was run.
 INCIDENTAL = {
-    "about", "seed", "out", "root", "resume", "progress", "accelerator", "devices", "nodes", "command",
+    "about", "seed", "out", "root", "resume", "progress", "accelerator", "devices", "nodes", "command", "started",
+    "threads",
 }  # fmt: skip
+UNITS = {"parameters": "parameters", "flops": "FLOPs", "latency": "measured time"}  # of cost: the share of what
+BUDGET = "budget "  # begins the policy of a selector that is told one
 
 
 def told(value: Spread | None, digits: int, scale: float = 1.0) -> str:
@@ -92,6 +95,17 @@ class Entry:
         return spread([a + b for a, b in zip(values, more, strict=True)]) if values and more else None
 
 
+def cost_unit(run: Run) -> str:
+    """What a run's costs are a share of, in training: a key of `UNITS`. A competitor's are of parameters."""
+    return run.config.get("train", {}).get("cost_unit", "parameters")
+
+
+def told_budget(run: Run) -> float | None:
+    """The budget of a DEN that is told one, where none is given; None: it is told none."""
+    selector = run.config.get("model", {}).get("selector")
+    return selector.get("budget") if isinstance(selector, dict) else None
+
+
 @dataclass(frozen=True)
 class Group:
     """Runs that differ in their seed alone. label: without the policy; difference: from groups of that label."""
@@ -106,11 +120,17 @@ class Group:
 
     @cached_property
     def detail(self) -> str:
-        """What this method is usually varied in: rho of a DEN, or the cost it is to meet; a slim network's share."""
+        """What this method is usually varied in: rho of a DEN, its budget, or the cost it is to meet, with the unit; a
+        slim network's share."""
         train = self.first.config.get("train", {})
-        if self.first.about["method"] == "den" and "rho" in train:
-            target = train.get("target_cost")
-            return f"rho = {train['rho']:g}" if target is None else f"cost = {target:g}"
+        if self.first.about["method"] == "den":
+            unit, budget, target = cost_unit(self.first), told_budget(self.first), train.get("target_cost")
+            if budget is not None:
+                return _of_budget(budget, unit)
+            if target is not None:
+                return f"cost = {target:g} of {UNITS[unit]}"
+            if "rho" in train:  # the paper's S(z) is of parameters
+                return f"rho = {train['rho']:g}" + (f" on {UNITS[unit]}" if unit != "parameters" else "")
         shares = [run.config.get("train", {}).get("share") for run in self.runs]
         known = [share for share in shares if share is not None]  # each seed's own, where it follows another run's
         return f"share {statistics.fmean(known):.2g}" if known else ""
@@ -118,8 +138,11 @@ class Group:
     @property
     def label(self) -> str:
         """Such as "DEN (rho = 1)"."""
+        return self._label(self.detail)
+
+    def _label(self, detail: str) -> str:
         method = self.first.about["method"]
-        inside = ", ".join(filter(None, (self.detail, self.difference)))
+        inside = ", ".join(filter(None, (detail, self.difference)))
         return METHODS.get(method, method) + (f" ({inside})" if inside else "")
 
     def entries(self) -> Iterator[Entry]:
@@ -133,6 +156,11 @@ class Group:
                 continue
             if all(policy in policies for run in self.runs for policies in run.summary.values()):
                 own = about["method"] == "nestednet"  # each of its levels is a result
+                if policy.startswith(BUDGET):  # and each budget
+                    detail = _of_budget(float(policy.removeprefix(BUDGET)), cost_unit(self.first))
+                    if detail != self.detail:
+                        yield Entry(self._label(detail), detail, policy, True, self.runs)
+                    continue
                 yield Entry(f"{self.label}, {_of_policy(policy)}", self.detail, policy, own, self.runs)
 
     @property
@@ -142,7 +170,16 @@ class Group:
 
 
 def _of_policy(policy: str) -> str:
-    return {"random": "random levels", "full": "full path", "selector": "levels of the selector"}.get(policy, policy)
+    return {
+        "random": "random levels",
+        "full": "full path",
+        "selector": "levels of the selector",
+        "shuffled": "levels shuffled over images",
+    }.get(policy, policy)
+
+
+def _of_budget(budget: float, unit: str) -> str:
+    return f"budget {budget:g} of {UNITS[unit]}"
 
 
 @dataclass(frozen=True)

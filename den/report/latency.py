@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from den import checkpoint
+from den import baselines, checkpoint
+from den.baselines.independent import Independent, IndependentNetworks
 from den.dense import dense
 from den.freeze import freeze
-from den.report.groups import Entry, Study
+from den.model import DEN, create_model
+from den.report.groups import BUDGET, Entry, Study
 from den.timing import interleaved
 
 BATCHES = (1, 64)
@@ -31,14 +33,15 @@ def measure(
     """Milliseconds an image of each method's own result, first seed, on each task.
 
     A selector's network is frozen and its selector included. The full path, and a fixed one, run as the plain network
-    of that path (`den.dense`). Random levels are drawn beforehand. A method whose network is no DEN is left out.
+    of that path (`den.dense`), and so do independent networks. Random levels are drawn beforehand. Any other method
+    whose network is no DEN is left out.
 
     Args:
         images_of: the normalised test images of a task, float [M, C, H, W].
         batches: sizes. seconds: about how long each task and batch takes.
     """
-    entries = [entry for entry in study.entries if entry.own and _is_den(entry)]
-    models = {entry.label: checkpoint.load(entry.runs[0].path / "checkpoint", device=device) for entry in entries}
+    entries = [entry for entry in study.entries if entry.own and (_is_den(entry) or _is_independent(entry))]
+    models = {entry.label: baselines.load(entry.runs[0].path).to(device) for entry in entries}
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else None
     found: Latencies = {entry.label: {} for entry in entries}
     for task in study.tasks:
@@ -64,11 +67,31 @@ def _is_den(entry: Entry) -> bool:
     return set(entry.tasks) <= set(config["model"]["tasks"])
 
 
+def _is_independent(entry: Entry) -> bool:
+    """Whether the run's model is a plain network a task, whose weights are there."""
+    run = entry.runs[0]
+    known = run.config["model"].get("name") == Independent.name
+    return known and (run.path / "checkpoint" / checkpoint.TENSORS).is_file()
+
+
+def _own_network(networks: IndependentNetworks, task: str) -> DEN:
+    """A task's network as a DEN of one level."""
+    config = networks.config
+    more = {**config["options"], "ratios": (1,), "selector": "light"}
+    model = create_model(config["model"], {task: config["tasks"][task]}, **more)
+    model.estimator.load_state_dict(networks.networks[task].state_dict())
+    return model.to(next(networks.parameters()).device).eval()
+
+
 def _engine(entry: Entry, model: Any, task: str, chunks: Sequence[Tensor]) -> Callable[[int], object]:
     """What runs one of the batches under the entry's policy."""
-    if entry.policy == "selector":
+    if isinstance(model, IndependentNetworks):
+        own = dense(_own_network(model, task), task)
+        return lambda index: own(chunks[index])
+    if entry.policy == "selector" or entry.policy.startswith(BUDGET):
         frozen = freeze(model)
-        return lambda index: frozen(chunks[index], task)
+        told = {} if entry.policy == "selector" else {"budget": float(entry.policy.removeprefix(BUDGET))}
+        return lambda index: frozen(chunks[index], task, **told)
     if entry.policy == "random":
         frozen = freeze(model)
         generator = torch.Generator().manual_seed(0)

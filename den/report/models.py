@@ -180,7 +180,10 @@ def images_by_model(
     named = [UNUSED if ratio == 0 else colour for ratio, colour in zip(ratios, colours, strict=True)]
     handles = [patch(named[level], f"level {level}: {share_of_channels(r)}") for level, r in enumerate(ratios)]
     place_legend(figure, handles, [handle.get_label() for handle in handles])
-    text = "a bar a block, from input to output; its height: the share of the block's channels"
+    text = (
+        "a bar a block, from input to output; its height: the share of the block's channels\n"
+        "cost: the mean share of the blocks' parameters"
+    )
     title = "The most selected models and their images (Figure 7)"
     return write(figure, path, title, "\n".join(filter(None, (text, conditions))))
 
