@@ -110,6 +110,8 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
         baselines.train("packnet", "wrn_8_1", [task], baselines.SlimConfig())
     with pytest.raises(ValueError, match=r"share is 1\.5; it must be above 0 and at most 1"):
         baselines.train("slim", "wrn_8_1", [task], quick("slim", share=1.5))
+    with pytest.raises(ValueError, match="devices is 2 and nodes 1; routing trains in one process alone"):
+        baselines.train("routing", "wrn_8_1", [task], quick("routing", devices=2))
     with pytest.raises(ValueError, match="tasks are named"):
         baselines.train("independent", "wrn_8_1", [task, task])
     with pytest.raises(ValueError, match=r"order is .*must name every task once: a, b"):

@@ -155,7 +155,7 @@ def test_blockdrops_curriculum_opens_the_last_blocks_first() -> None:
     assert [open_blocks(epoch, 10, 4) for epoch in range(6)] == [1, 2, 3, 4, 4, 4]
     assert [open_blocks(epoch, 2, 5) for epoch in range(2)] == [3, 5]
     logits_NBL = torch.randn(64, 4, 2, requires_grad=True)
-    choice = Choice(logits_NBL, 0.8, 2, torch.Generator().manual_seed(0))
+    choice = Choice(logits_NBL, 0.8, 2, torch.bernoulli)
     assert (choice.drawn_NB[:, :2] == 1).all()
     assert (choice.greedy_NB[:, :2] == 1).all()
     assert 0 < choice.drawn_NB[:, 2:].float().mean() < 1
@@ -179,7 +179,7 @@ def test_blockdrops_gradient_is_that_of_the_expected_reward() -> None:
     (-expected).backward()
     samples = 200_000
     drawn_BL = logits_BL.clone().requires_grad_()
-    choice = Choice(drawn_BL.expand(samples, -1, -1), bound, 3, torch.Generator().manual_seed(1))
+    choice = Choice(drawn_BL.expand(samples, -1, -1), bound, 3, torch.bernoulli)
     rewards = [table[tuple(keep_NB.unbind(1))] for keep_NB in (choice.drawn_NB, choice.greedy_NB)]
     choice.loss(*rewards).backward()
     assert drawn_BL.grad == pytest.approx(exact_BL.grad, abs=6e-3)

@@ -63,11 +63,12 @@ def test_batch_norm_over_processes_is_that_of_the_whole_batch(tmp_path: Path) ->
 
 @needs_gloo
 @pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["den", "random", "blockdrop"])
+def test_two_processes_train_as_one(method: str, tmp_path: Path) -> None:
     """Options that draw, average or count over a batch; in float64, though Fabric hands logits on in float32: the
     same weights, optimizers and log."""
-    distributed_case.main(tmp_path / "1", 1)
-    command = [sys.executable, "-m", "tests.distributed_case", str(tmp_path / "2"), "2"]
+    distributed_case.main(tmp_path / "1", 1, method)
+    command = [sys.executable, "-m", "tests.distributed_case", str(tmp_path / "2"), "2", method]
     subprocess.run(command, cwd=Path(__file__).parents[1], check=True, timeout=300, capture_output=True)
     for file in ("model", "trainer"):
         one, two = (load_file(tmp_path / f"{devices}/checkpoint/{file}.safetensors") for devices in (1, 2))
@@ -78,7 +79,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         [json.loads(line) for line in (tmp_path / f"{devices}/metrics.jsonl").read_text().splitlines()]
         for devices in (1, 2)
     ]
-    assert len(logs[0]) == 4
+    assert len(logs[0]) == {"den": 4, "random": 2, "blockdrop": 4}[method]
     for one, two in zip(*logs, strict=True):
         assert {k: v for k, v in one.items() if k not in ("seconds", "images_per_second")} == {
             k: v for k, v in two.items() if k not in ("seconds", "images_per_second")

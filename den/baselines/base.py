@@ -108,6 +108,7 @@ class Method(ABC):
     Attributes:
         name: of the method, in the registry and in a run's `about`.
         policy: entry of a task's summary that is the method's own result.
+        one_process: whether several processes would train it otherwise than one; they are refused.
         Config: its settings.
         network: a DEN or a `TaskNetwork`.
 
@@ -116,6 +117,7 @@ class Method(ABC):
 
     name: ClassVar[str]
     policy: str = "fixed"
+    one_process: bool = False
     Config: ClassVar[type[BaselineConfig]] = BaselineConfig
     network: DEN | TaskNetwork
 
@@ -134,6 +136,10 @@ class Method(ABC):
         if type(config) is not self.Config:
             raise TypeError(f"config is a {type(config).__name__}; {self.name} takes a {self.Config.__name__}")
         config.check()
+        if self.one_process and (config.devices, config.nodes) != (1, 1):
+            raise ValueError(
+                f"devices is {config.devices} and nodes {config.nodes}; {self.name} trains in one process alone: give 1"
+            )
         names = [task.name for task in tasks]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"tasks are named {names}; they must be at least one, each with a name of its own")

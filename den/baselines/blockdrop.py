@@ -9,6 +9,7 @@ Suffixes: N samples, B blocks, L = 2 levels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -127,12 +128,17 @@ class BlockDrop(Method):
         self.chooser.train()
         self.net.train()
 
+    def draw(self, keep_NB: Tensor) -> Tensor:
+        """Zeros and ones of probabilities; several processes draw what one would."""
+        drawn_NB = torch.bernoulli(self.loop.of_all(keep_NB).cpu(), generator=self.loop.generator)
+        return self.loop.mine(drawn_NB)
+
     def _curriculum_step(self, batches: list[Batch], means: Means) -> Tensor:
         c, blocks = self.config, self.network.num_blocks
         count = open_blocks(self.loop.position.epoch, c.curriculum_epochs, blocks)
         losses = []
         for batch in batches:
-            choice = Choice(self.chooser(batch.x), c.bound, count, self.loop.generator)
+            choice = Choice(self.chooser(batch.x), c.bound, count, self.draw)
             rewards = []
             for keep_NB in (choice.drawn_NB, choice.greedy_NB):
                 logits = self.frozen(batch.x, task=batch.task.name, level=keep_NB).logits
@@ -147,7 +153,7 @@ class BlockDrop(Method):
         c, blocks = self.config, self.network.num_blocks
         losses = []
         for batch in batches:
-            choice = Choice(self.chooser(batch.x), c.bound, blocks, self.loop.generator)
+            choice = Choice(self.chooser(batch.x), c.bound, blocks, self.draw)
             logits = self.net(batch.x, choice.drawn_NB, batch.task.name)
             with torch.no_grad():
                 greedy = self.net(batch.x, choice.greedy_NB, batch.task.name)
@@ -170,17 +176,17 @@ class Choice:
         logits_NBL: of the policy network; the probability of keeping a block is the second of its softmax.
         bound: alpha.
         count: of the last blocks that are open; the others are kept.
-        generator: of the draw.
+        draw: zeros and ones of their probabilities [N, B].
 
     Attributes:
         drawn_NB, greedy_NB: int64, 1 for a block that is kept: drawn, and the more probable.
     """
 
-    def __init__(self, logits_NBL: Tensor, bound: float, count: int, generator: torch.Generator):
+    def __init__(self, logits_NBL: Tensor, bound: float, count: int, draw: Callable[[Tensor], Tensor]):
         s_NB = logits_NBL.float().softmax(2)[:, :, 1]
         self.keep_NB = bound * s_NB + (1 - bound) * (1 - s_NB)
         self.open_B = torch.arange(s_NB.shape[1], device=s_NB.device) >= s_NB.shape[1] - count
-        drawn = torch.bernoulli(self.keep_NB.detach().cpu(), generator=generator).to(s_NB.device).long()
+        drawn = draw(self.keep_NB.detach()).to(s_NB.device).long()
         self.drawn_NB = torch.where(self.open_B, drawn, 1)
         self.greedy_NB = torch.where(self.open_B, logits_NBL.detach().argmax(2), 1)
 

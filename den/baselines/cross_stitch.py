@@ -28,8 +28,9 @@ class CrossStitchConfig(BaselineConfig):
 
     same: float = 0.9
     """alpha_S: weight of a network's own map at the start; the others share what is left to 1."""
-    stitch_rate: float = 10.0
-    """Learning rate of the mixtures, as a multiple of the networks' (Misra et al.: 10 to 1000)."""
+    stitch_rate: float = 1.0
+    """Learning rate of the mixtures, as a multiple of the networks' (Misra et al.: 10 to 1000, on networks already
+    trained; from scratch, 10 times 0.1 diverges)."""
 
     def rules(self) -> list[Rule]:
         """Every field that has a range, with what holds."""

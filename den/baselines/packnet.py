@@ -24,6 +24,7 @@ class PackNet(Nested):
     its head. Stem, shortcuts and what else has no levels are the first task's."""
 
     name = "packnet"
+    one_process = True  # a phase is one task's, without the other tasks' heads
     Config = NestedConfig
 
     def phases(self) -> list[Phase]:

@@ -33,8 +33,9 @@ class RandomSelector(Method):
         return [self.weights_phase("network", supervised(self._logits), begin=self.net.train)]
 
     def _logits(self, batch: Batch) -> Tensor:
-        shape = len(batch.x), self.network.num_blocks, self.network.num_levels
-        level_NB = initial_levels(*shape, 0.0, self.loop.generator).to(batch.x.device)
+        everywhere = len(batch.x) * self.loop.fabric.world_size
+        shape = everywhere, self.network.num_blocks, self.network.num_levels
+        level_NB = self.loop.mine(initial_levels(*shape, 0.0, self.loop.generator)).to(batch.x.device)
         return self.net(batch.x, level_NB, batch.task.name)
 
     def policies(self, task: Task) -> dict[str, Policy]:

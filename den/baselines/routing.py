@@ -213,6 +213,7 @@ class Routing(Method):
 
     name = "routing"
     policy = SELECTED
+    one_process = True  # the router learns by each batch's rewards, in turn
     Config = RoutingConfig
 
     def build(self) -> TaskNetwork:
