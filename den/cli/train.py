@@ -41,7 +41,7 @@ class Train:
     subset: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """Training images to keep of each data set, every class its share; None: all."""
     val_fraction: float = 0.0
-    """Share of the training images held out: for the selector (--selector.split val), or for den eval --split val."""
+    """Share of the training images held out: for the selector (--selector.split val), or for den eval."""
     image_size: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """Side that images are resized to; None: as published. Needed for a folder of unequal sizes."""
     labels: Literal["fine", "coarse", "both"] = "fine"
