@@ -339,10 +339,7 @@ class Loop:
         train["out"] = str(self.config.out)
         model = getattr(self.model, "config", {"name": type(self.model).__name__})
         started = datetime.now().isoformat(timespec="seconds")
-        threads = torch.get_num_threads()
-        return {
-            "train": train, "model": model, "started": started, "threads": threads, **self.meta
-        }  # fmt: skip
+        return {"train": train, "model": model, "started": started, "threads": torch.get_num_threads(), **self.meta}
 
     def open(self) -> None:
         """Make the run folder, if there is to be one; `run` does it too. Raises as `RunFolder.prepare`."""

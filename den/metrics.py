@@ -19,7 +19,7 @@ from den.selector import Selector
 from den.tasks import Task
 
 Policy = str | Tensor | Sequence[int]
-NAMED = ("selector", "shuffled", "random", "full")
+POLICIES = ("selector", "shuffled", "random", "full")
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def choose_level(policy: Policy, num_samples: int, model: Any, generator: torch.
             return torch.randint(model.num_levels, (num_samples, model.num_blocks), generator=generator)
         if policy == "full":
             return torch.full((model.num_blocks,), model.num_levels - 1)
-        raise ValueError(f"policy is {policy!r}; it must be one of {', '.join(NAMED)}, or a path [blocks]")
+        raise ValueError(f"policy is {policy!r}; it must be one of {', '.join(POLICIES)}, or a path [blocks]")
     return torch.as_tensor(policy)
 
 

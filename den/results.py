@@ -22,11 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from den.metrics import Evaluation, Policy, evaluate
+from den.metrics import POLICIES, Evaluation, Policy, evaluate
 from den.run_folder import RunFolder
 from den.tasks import Task
 
-POLICIES = ("selector", "shuffled", "random", "full")
 SUMMARY, EVALUATIONS = "summary.json", "evaluations.safetensors"
 Evaluations = Mapping[str, Mapping[str, Evaluation]]
 

@@ -43,7 +43,7 @@ class RunFolder:
         return self.checkpoint.exists()
 
     def prepare(self, config: Mapping[str, Any], *, resume: bool) -> None:
-        """Make the folder and write config.json.
+        """Make the folder and write config.json. A run that goes on keeps the time at which it was started.
 
         Raises FileExistsError if it holds a run and `resume` is False, ValueError if that run was of another model.
         """
@@ -51,7 +51,9 @@ class RunFolder:
         if path.exists() and not resume:
             raise FileExistsError(f"{self.path} holds a run already; give another folder, or resume it")
         if path.exists():
-            model = json.loads(path.read_text())["model"]
+            begun = json.loads(path.read_text())
+            model = begun["model"]
+            config = {**config, **{key: begun[key] for key in ("started",) if key in begun}}
             if model != json.loads(json.dumps(config["model"])):
                 raise ValueError(f"{path} is of another model ({model.get('name')}); give another folder")
         self.path.mkdir(parents=True, exist_ok=True)

@@ -73,7 +73,7 @@ class FusedResidualBlock(PackedLayer):
         self._weight_names: list[list[str]] = []  # of each convolution, for each class of batch
         self.register_buffer("widths", torch.tensor(list(widths), dtype=torch.int32, device=first.device))
         for i, weight in enumerate(weights):
-            forms = chosen.pack_weights(weight.detach().clone(), self.strides[i], groups[i], winograd)
+            forms = chosen.pack_weights(weight.detach(), self.strides[i], groups[i], winograd)
             self._weight_names.append(self.register_forms(f"weight{i}", forms))
             self.register_buffer(f"scale{i}", scales[i].detach().float().contiguous())
             self.register_buffer(f"shift{i}", shifts[i].detach().float().contiguous())
@@ -82,7 +82,7 @@ class FusedResidualBlock(PackedLayer):
         self._projection_name = ""
         if projection is not None:
             weight, scale, shift = (part.detach() for part in projection)
-            forms = chosen.pack_weights(weight.clone(), math.prod(strides), 1, False)
+            forms = chosen.pack_weights(weight, math.prod(strides), 1, False)
             self._projection_name = self.register_forms("projection", forms[:1])[0]
             self.register_buffer("projection_scale", scale.float().contiguous())
             self.register_buffer("projection_shift", shift.float().contiguous())

@@ -105,8 +105,11 @@ def test_any_interruption_resumes_to_the_same_state(tmp_path: Path, stop: int) -
         for name in ("whole", "part")
     ]
     assert lines[0] == lines[1]
+    config = tmp_path / "part" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "started": "long ago"}))
     again = Run(tmp_path / "part", resume=True).fit()
     assert again.calls == []
+    assert json.loads(config.read_text())["started"] == "long ago"
     assert torch.equal(again.state, expected.state)
 
 

@@ -48,6 +48,7 @@ SUMMARY = {
         "full": point(98.0, 4.1e6),
         "random": point(93, 1.9e6),
         "selector": point(97.8, 2.2e6),
+        "shuffled": point(97.1, 2.2e6),
         "level 1": point(88, 1.2e6),
         "level 0": point(12, 0.2e6),
     }

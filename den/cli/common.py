@@ -22,6 +22,9 @@ DATA_SETS = (
 )  # fmt: skip
 
 
+TABLED = ("selector", "random", "full")  # policies that a table of accuracies has unless others are asked for
+
+
 class UserError(Exception):
     """What the user can put right: told in one line, without a traceback."""
 

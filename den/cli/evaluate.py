@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from den.cli.common import (
+    TABLED,
     Saved,
     UserError,
     check_budget,
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from den.metrics import Policy
     from den.model import DEN
 
-NAMED = ("selector", "shuffled", "random", "full")
-
 
 @dataclass
 class Eval:
@@ -39,7 +38,7 @@ class Eval:
     """Run folder of den train, or a folder that den.save wrote."""
     task: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")] = ()
     """Tasks to evaluate; none: all of the model's."""
-    policy: Annotated[tuple[str, ...], tyro.conf.arg(metavar="POLICY [POLICY ...]")] = ("selector", "random", "full")
+    policy: Annotated[tuple[str, ...], tyro.conf.arg(metavar="POLICY [POLICY ...]")] = TABLED
     """Who chooses the levels: selector; shuffled (the selector's choices, each for another image); random (every level
     alike); full (the top level everywhere); or levels, such as 2 for every block or 0-3-1-2 for a path."""
     budget: Annotated[tuple[float, ...], tyro.conf.arg(metavar="FLOAT [FLOAT ...]")] = ()
@@ -100,12 +99,14 @@ class Eval:
 
     def _policies(self, model: DEN) -> dict[str, tuple[Policy, float | None]]:
         """What is to be evaluated by its name, and the budget of a selector that is told one."""
+        from den.metrics import POLICIES
+
         if self.budget and "selector" not in self.policy:
             raise UserError(f"budget is for the selector, but policy is {' '.join(self.policy)}")
         policies: dict[str, tuple[Policy, float | None]] = {}
         for text in self.policy:
             if text != "selector":
-                policy = text if text in NAMED else parse_path(text, model.num_blocks, model.num_levels)
+                policy = text if text in POLICIES else parse_path(text, model.num_blocks, model.num_levels)
                 policies[text] = policy, None
                 continue
             for budget in self.budget or (None,):

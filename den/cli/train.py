@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from den.cli.common import DATA_SETS, UserError, data_source, log, print_json, user_input
+from den.cli.common import DATA_SETS, TABLED, UserError, data_source, log, print_json, user_input
 from den.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -195,16 +195,15 @@ def _restore(default: Any, values: dict[str, Any]) -> Any:
 
 
 def summary_table(summary: dict[str, Any]) -> str:
-    """The trainer's summary: a row a task, accuracy and mean cost under each policy."""
+    """The trainer's summary: a row a task, accuracy and mean cost under each policy of `TABLED`."""
     from den.report import format_table
 
-    policies = list(next(iter(summary.values())))
-    header = ["task", *(f"{policy} {what}" for policy in policies for what in ("%", "cost")), "paths"]
+    header = ["task", *(f"{policy} {what}" for policy in TABLED for what in ("%", "cost")), "paths"]
     rows = []
     for task, results in summary.items():
         numbers = [
             text
-            for policy in policies
+            for policy in TABLED
             for text in (f"{results[policy]['accuracy']:.2f}", f"{results[policy]['cost_mean']:.3f}")
         ]
         rows.append([task, *numbers, str(results["selector"]["unique_paths"])])

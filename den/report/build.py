@@ -16,7 +16,7 @@ from PIL import Image
 
 from den.files import write_whole
 from den.report import compare, curves, figures, html, images, models, sheets
-from den.report.groups import Entry, Group, Study, backbone, cost_unit, studies
+from den.report.groups import SCENARIOS, Entry, Group, Study, backbone, cost_unit, studies
 from den.report.latency import BATCHES, Latencies, measure
 from den.results import Run
 from den.statistics import Spread
@@ -322,7 +322,8 @@ class _Writer:
 
 def _conditions(study: Study) -> str:
     scale = f", {study.scale} scale" if study.scale else ""
-    return f"{(study.scenario or '').upper()}{scale}, {study.backbone}".lstrip(", ")
+    name = SCENARIOS.get(study.scenario or "", study.scenario or "").partition(",")[0]
+    return f"{name}{scale}, {study.backbone}".lstrip(", ")
 
 
 def _plain(text: str) -> str:

@@ -36,6 +36,7 @@ POLICIES = {
     "dense": ("dense network, trained alike", "s", 130, BLACK),
     "full": ("DEN, every block at its top level", "^", 70, PURPLE),
     "random": ("DEN, random levels", "X", 80, VERMILION),
+    "shuffled": ("DEN, levels shuffled over images", "P", 80, GREY),
     "selector": ("DEN, levels chosen by the selector", "*", 220, BLUE),
 }
 RANGE = 30  # points of accuracy below the best at which a fixed path is still drawn
@@ -51,10 +52,11 @@ def accuracy_against_flops(
 ) -> list[Path]:
     """A panel a task: accuracy of each policy over the FLOPs that it takes.
 
-    summary: task -> policy -> `accuracy` in percent and `flops_mean` an image. Policies: dense, full, random, selector;
+    summary: task -> policy -> `accuracy` in percent and `flops_mean` an image. Policies: dense and those of `evaluate`;
         any other is a fixed path, drawn as a line under its own name.
     conditions: what the reader must know, in the title: data, model, seeds.
-    selector_flops: of each task's selector; given, they are added to the point of the selector.
+    selector_flops: of each task's selector; given, they are added to the points of the selector and of its levels
+        shuffled.
 
     Returns the files written.
     """
@@ -66,7 +68,7 @@ def accuracy_against_flops(
         _fixed_paths(axis, {name: result for name, result in results.items() if name not in POLICIES}, floor)
         for policy, (label, mark, size, colour) in POLICIES.items():
             if policy in results:
-                extra = (selector_flops or {}).get(task, 0) if policy == "selector" else 0
+                extra = (selector_flops or {}).get(task, 0) if policy in ("selector", "shuffled") else 0
                 x, y = (results[policy]["flops_mean"] + extra) / 1e6, results[policy]["accuracy"]
                 face = "none" if policy == "dense" else colour  # hollow: the full path often lies on top of it
                 axis.scatter(x, y, s=size, marker=mark, label=label, zorder=3, facecolors=face, edgecolors=colour)

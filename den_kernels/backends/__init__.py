@@ -8,7 +8,7 @@ A backend is a module with
     conv2d, conv2d_backward     the work of the primitive, on checked arguments
     fused_conv2d, residual_block, residual_chain    that of the inference forms
     TILE_BOUNDS                         descending; the class of a batch: how many its 4 x 4 tiles of outputs are below
-    pack_weights                        weights as the blocks read them, a form for each class of batch
+    pack_weights                        copies of weights as the blocks read them, a form for each class of batch
     gather                              packed weights moved to where a chain reads them best
 
 and, where it has its own: conv2d_add; batch_norm and batch_norm_backward; plan_levels ("triton" and "cpu").

@@ -42,8 +42,8 @@ def conv2d_backward(
 
 
 def pack_weights(weight: Tensor, stride: int, groups: int, winograd: bool) -> list[Tensor]:
-    """The weights as they are, [O, I, kh, kw], for every batch."""
-    return [weight.contiguous()]
+    """Copies of the weights as they are, [O, I, kh, kw], for every batch."""
+    return [weight.clone(memory_format=torch.contiguous_format)]
 
 
 def fused_conv2d(

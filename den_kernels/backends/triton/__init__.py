@@ -97,7 +97,7 @@ def pack_weight(weight_OIHW: torch.Tensor, groups: int) -> torch.Tensor:
 
 
 def pack_weights(weight: torch.Tensor, stride: int, groups: int, winograd: bool) -> list[torch.Tensor]:
-    """`pack_weight`, for every batch; always a copy, also where `pack_weight` has nothing to move."""
+    """`pack_weight`, for every batch; a copy, also where `pack_weight` has nothing to move."""
     return [weight.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)]
 
 
