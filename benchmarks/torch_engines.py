@@ -22,8 +22,8 @@ import den_kernels as dk
 from benchmarks.networks import network
 from benchmarks.worker import Job, Unusable
 from den.blocks import shortcut
+from den.blocks.forms import fold, tables
 from den.dense import DenseNetwork, dense
-from den.freeze import fold, tables
 
 Run = Callable[[], np.ndarray]
 

@@ -4,11 +4,11 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
-#include <stdexcept>
 #include <string>
-#include <utility>
 
 #include "batch_norm.h"
+#include "chain.h"
+#include "checks.h"
 #include "conv2d.h"
 #include "conv2d_backward.h"
 #include "dispatch.h"
@@ -21,71 +21,12 @@ namespace py = pybind11;
 
 namespace {
 
-template <class T>
-T* at(std::uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
-[[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
-
-std::string entry(const char* name, int i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
-
-void check_widths(const char* name, const int* width, int samples, int channels, int groups) {
-    const int step = groups > 1 ? channels / groups : 1;
-    for (int n = 0; n < samples; ++n) {
-        const auto is = [&] { return entry(name, n) + " is " + std::to_string(width[n]); };
-        if (width[n] < 0 || width[n] > channels)
-            fail(is() + "; it must be between 0 and the " + std::to_string(channels) + " channels of the tensor");
-        if (width[n] % step != 0)
-            fail(is() + "; with groups=" + std::to_string(groups) + " it must be a multiple of " + std::to_string(step) +
-                 " channels");
-    }
-}
-
-// Of each level: ascending, and at least `least`.
-void check_levels(const char* name, const int* widths, int levels, int channels, int groups, int least) {
-    check_widths(name, widths, levels, channels, groups);
-    for (int l = 0; l < levels; ++l)
-        if (widths[l] < (l ? widths[l - 1] : least))
-            fail(entry(name, l) + " is " + std::to_string(widths[l]) + "; it must be at least " +
-                 (l ? entry(name, l - 1) + ", which is " + std::to_string(widths[l - 1]) : std::to_string(least)));
-}
-
-// Levels and order of a plan.
-void check_plan(const den::ResidualBlock& block) {
-    for (int n = 0; n < block.samples; ++n)
-        if (block.level[n] < 0 || block.level[n] >= block.levels)
-            fail(entry("level", n) + " is " + std::to_string(block.level[n]) + "; it must be between 0 and " +
-                 std::to_string(block.levels - 1));
-    std::vector<char> seen(block.samples, 0);
-    for (int i = 0; i < block.samples; ++i) {
-        const int n = block.order[i];
-        if (n < 0 || n >= block.samples || seen[n])
-            fail(entry("order", i) + " is " + std::to_string(n) + "; order must hold each of the " +
-                 std::to_string(block.samples) + " samples once");
-        seen[n] = 1;
-    }
-}
-
-void check_block(const den::ResidualBlock& block, int hidden) {
-    // A hidden channel belongs to a group of each convolution that reads or writes it.
-    for (const den::BlockConv& conv : block.convs) check_levels("widths", block.widths, block.levels, hidden, conv.groups, 0);
-    check_plan(block);
-}
-
-// Calls run(T{}) for the element type that PyTorch calls `dtype`.
-template <class Run>
-void with_element(const std::string& dtype, Run run) {
-    if (dtype == "float32")
-        run(float{});
-    else if (dtype == "bfloat16")
-        run(den::bf16{});
-    else
-        fail("dtype is " + dtype + "; it must be float32 or bfloat16");
-}
-
-using Ints = std::vector<int>;
-using Addresses = std::vector<std::uintptr_t>;
+using den::Addresses;
+using den::at;
+using den::entry;
+using den::fail;
+using den::Ints;
+using den::with_element;
 
 den::ConvShape conv_shape(const Ints& sizes, const Ints& window) {
     if (sizes.size() != 6 || window.size() != 8) fail("sizes must hold 6 integers and window 8");
@@ -106,7 +47,7 @@ const int* widths_or_full(const char* name, std::uintptr_t address, int samples,
         full.assign(samples, channels);
         return full.data();
     }
-    check_widths(name, at<const int>(address), samples, channels, groups);
+    den::check_widths(name, at<const int>(address), samples, channels, groups);
     return at<const int>(address);
 }
 
@@ -130,14 +71,6 @@ void conv2d_of(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std
     den::conv2d(args);
 }
 
-std::size_t packed_elements(const std::string& dtype, int out_channels, int group_in, int taps, int groups) {
-    std::size_t elements = 0;
-    with_element(dtype, [&](auto element) {
-        elements = den::packed_elements<decltype(element)>(out_channels, group_in, taps, groups);
-    });
-    return elements;
-}
-
 // sizes: samples, blocks, levels.
 void plan(std::uintptr_t level, const Ints& sizes, std::uintptr_t level_BN, std::uintptr_t order, std::uintptr_t count) {
     if (sizes.size() != 3) fail("sizes must hold 3 integers");
@@ -148,107 +81,6 @@ void plan(std::uintptr_t level, const Ints& sizes, std::uintptr_t level_BN, std:
         fail("level[" + std::to_string(wrong / sizes[1]) + ", " + std::to_string(wrong % sizes[1]) + "] is " +
              std::to_string(values[wrong]) + "; it must be between 0 and " + std::to_string(sizes[2] - 1));
 }
-
-std::size_t winograd_packed_elements(const std::string& dtype, int tile, int out_channels, int group_in, int groups) {
-    std::size_t elements = 0;
-    with_element(dtype, [&](auto element) {
-        using T = decltype(element);
-        elements = groups * den::winograd_packed_words<T>(tile, out_channels / groups, group_in) * den::winograd_word<T>(tile);
-    });
-    return elements;
-}
-
-// The `winograd` that weights of this many values were packed with (the sizes differ); throws if with none.
-int packed_as(const std::string& dtype, std::int64_t values, int i, int in_channels, const den::BlockConv& conv) {
-    const int group_in = in_channels / conv.groups, taps = conv.kernel * conv.kernel;
-    if (values == std::int64_t(packed_elements(dtype, conv.out_channels, group_in, taps, conv.groups))) return 0;
-    bool takes = false;
-    with_element(dtype, [&](auto element) {
-        takes = den::winograd_takes<decltype(element)>(conv.groups, conv.out_channels / conv.groups, group_in);
-    });
-    if (conv.kernel == 3 && conv.stride == 1 && takes)
-        for (int tile : {4, 2})
-            if (values == std::int64_t(winograd_packed_elements(dtype, tile, conv.out_channels, group_in, conv.groups)))
-                return tile;
-    fail(entry("weight", i) + " must be packed by this backend's pack_weight for " + std::to_string(in_channels) + " -> " +
-         std::to_string(conv.out_channels) + " channels, got " + std::to_string(values) + " values");
-}
-
-// Residual blocks one after the other: block b reads what block b - 1 wrote. Holds addresses, no values.
-class Chain {
-public:
-    // As den_kernels/block.py flattens a chain.
-    Chain(const std::string& dtype, const std::vector<std::uintptr_t>& addresses, const std::vector<std::int64_t>& spec)
-        : dtype_(dtype) {
-        const int* widths = at<const int>(addresses.at(0));
-        const float* tables = at<const float>(addresses.at(1));
-        std::size_t weight = 2, s = 0;
-        const auto take = [&](std::size_t floats) { return std::exchange(tables, tables + floats); };
-        while (s < spec.size()) {
-            const int convs = int(spec[s]), in_channels = int(spec[s + 1]), hidden = int(spec[s + 2]);
-            const int out_channels = int(spec[s + 3]), levels = int(spec[s + 4]);
-            const bool pre = spec[s + 5], relu = spec[s + 6], projection = spec[s + 7];
-            const std::int64_t* of = spec.data() + s + 8;
-            den::ResidualBlock block{};
-            block.levels = levels;
-            block.relu = relu;
-            block.widths = widths;
-            for (int i = 0; i < convs; ++i) {
-                block.convs.push_back({at<const float>(addresses.at(weight++)), nullptr, nullptr,
-                                       i + 1 < convs ? hidden : out_channels, int(of[i]), int(of[convs + i]),
-                                       int(of[2 * convs + i]), 0});
-                values_.push_back(of[3 * convs + i]);
-            }
-            for (den::BlockConv& conv : block.convs) conv.scale = take(std::size_t(levels) * conv.out_channels);
-            for (den::BlockConv& conv : block.convs) conv.shift = take(std::size_t(levels) * conv.out_channels);
-            if (pre) block.pre_scale = take(in_channels), block.pre_shift = take(in_channels);
-            if (projection) {
-                block.projection = {at<const float>(addresses.at(weight++)), nullptr, nullptr, out_channels, 1, 1, 1, 0};
-                block.projection.scale = take(std::size_t(levels) * out_channels);
-                block.projection.shift = take(std::size_t(levels) * out_channels);
-            }
-            widths += levels;
-            s += 8 + 4 * convs;
-            blocks_.push_back(std::move(block));
-        }
-    }
-
-    int blocks() const { return int(blocks_.size()); }
-
-    // sizes: samples, channels, height and width of x.
-    void run(std::uintptr_t x, std::uintptr_t out, std::uintptr_t level, std::uintptr_t order, const Ints& sizes,
-             int threads) const {
-        if (sizes.size() != 4) fail("sizes must hold 4 integers");
-        std::vector<den::ResidualBlock> blocks = blocks_;
-        int channels = sizes[1], height = sizes[2], width = sizes[3];
-        auto values = values_.begin();
-        for (std::size_t b = 0; b < blocks.size(); ++b) {
-            den::ResidualBlock& block = blocks[b];
-            block.samples = sizes[0], block.channels = channels, block.height = height, block.width = width;
-            block.level = at<const int>(level) + b * block.samples;
-            block.order = at<const int>(order) + b * block.samples;
-            block.threads = threads;
-            const int hidden = block.convs.front().out_channels;
-            for (std::size_t i = 0; i < block.convs.size(); ++i) {
-                den::BlockConv& conv = block.convs[i];
-                conv.winograd = packed_as(dtype_, *values++, int(i), i ? hidden : channels, conv);
-                height = den::ceil_div(height, conv.stride), width = den::ceil_div(width, conv.stride);
-            }
-            check_block(block, hidden);
-            channels = block.convs.back().out_channels;
-        }
-        py::gil_scoped_release release;
-        with_element(dtype_, [&](auto element) {
-            using T = decltype(element);
-            den::residual_chain(blocks, at<const T>(x), at<T>(out));
-        });
-    }
-
-private:
-    std::string dtype_;
-    std::vector<den::ResidualBlock> blocks_;
-    std::vector<std::int64_t> values_;  // of each packed weight
-};
 
 // A convolution with packed weights, a scale and shift by level and perhaps a ReLU. addresses: x, out, level, order,
 // in_widths, out_widths (0: all channels), weight, scale, shift. sizes: samples, input channels, height, width, output
@@ -264,14 +96,14 @@ void fused_conv2d(const std::string& dtype, const Addresses& a, const Ints& size
     block.levels = sizes[5];
     den::BlockConv conv{at<const void>(a[6]), at<const float>(a[7]), at<const float>(a[8]),
                         sizes[4], sizes[6], sizes[7], sizes[8], 0};
-    conv.winograd = packed_as(dtype, values, 0, block.channels, conv);
+    conv.winograd = den::packed_as(dtype, values, 0, block.channels, conv);
     block.convs = {conv};
     block.relu = relu;
     block.threads = threads;
     block.shortcut = false;
-    if (block.in_widths) check_levels("in_widths", block.in_widths, block.levels, block.channels, conv.groups, 1);
-    if (block.out_widths) check_levels("out_widths", block.out_widths, block.levels, conv.out_channels, conv.groups, 1);
-    check_plan(block);
+    if (block.in_widths) den::check_levels("in_widths", block.in_widths, block.levels, block.channels, conv.groups, 1);
+    if (block.out_widths) den::check_levels("out_widths", block.out_widths, block.levels, conv.out_channels, conv.groups, 1);
+    den::check_plan(block);
     py::gil_scoped_release release;
     with_element(dtype, [&](auto element) { den::residual_block<decltype(element)>(block); });
 }
@@ -368,11 +200,11 @@ void winograd_pack(const std::string& dtype, int tile, std::uintptr_t weight, st
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU kernels of den_kernels; see den_kernels/backends/cpu.py.";
     m.def("conv2d", &conv2d);
-    py::class_<Chain>(m, "Chain")
-        .def(py::init<const std::string&, const std::vector<std::uintptr_t>&, const std::vector<std::int64_t>&>(),
-             py::arg("dtype"), py::arg("addresses"), py::arg("spec"))
-        .def_property_readonly("blocks", &Chain::blocks)
-        .def("run", &Chain::run);
+    py::class_<den::Chain>(m, "Chain")
+        .def(py::init<const std::string&, const Addresses&, const std::vector<std::int64_t>&>(), py::arg("dtype"),
+             py::arg("addresses"), py::arg("spec"))
+        .def_property_readonly("choices", &den::Chain::choices)
+        .def("run", &den::Chain::run, py::call_guard<py::gil_scoped_release>());
     m.def("fused_conv2d", &fused_conv2d);
     m.def("conv2d_backward", &conv2d_backward);
     m.def("batch_norm", &batch_norm);
@@ -380,9 +212,9 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("plan", &plan);
     m.def("pack_weight", &pack_weight);
     m.def("winograd_pack", &winograd_pack);
-    m.def("winograd_packed_elements", &winograd_packed_elements, py::arg("dtype"), py::arg("tile"),
+    m.def("winograd_packed_elements", &den::winograd_packed_values, py::arg("dtype"), py::arg("tile"),
           py::arg("out_channels"), py::arg("group_in"), py::arg("groups"));
-    m.def("packed_elements", &packed_elements, py::arg("dtype"), py::arg("out_channels"), py::arg("group_in"),
+    m.def("packed_elements", &den::packed_values, py::arg("dtype"), py::arg("out_channels"), py::arg("group_in"),
           py::arg("taps"), py::arg("groups"));
     m.def("supported_isas", &den::supported_isas, "Instruction sets that this machine runs, best first.");
     m.def("set_isa", &den::set_isa, py::arg("name"),

@@ -115,7 +115,8 @@ void BlockRunner<T>::shortcut(int n, int row0, int row1, float* bench) const {
         const std::ptrdiff_t row = std::ptrdiff_t(out_width_) * out_channels_;
         std::copy_n(x(n) + row0 * row, (row1 - row0) * row, out(n) + row0 * row);
     } else if (projection_.empty()) {
-        pool(n, row0, row1);
+        kernels_.shortcut({x(n), block_.height, block_.width, block_.channels, pool_, out(n), out_width_, out_channels_}, row0,
+                          row1);
     } else {
         project(n, row0, row1, bench);
     }
@@ -153,33 +154,6 @@ void BlockRunner<T>::project(int n, int row0, int row1, float* bench) const {
     pass.out_block = kMapBlock<T>;
     pass.out_col = out_columns_.data();
     kernels_.conv(pass, 0, map.conv().units(out_channels_), row0, row1);
-}
-
-template <class T>
-void BlockRunner<T>::pool(int n, int row0, int row1) const {
-    const std::ptrdiff_t out_row = std::ptrdiff_t(out_width_) * out_channels_;
-    const std::ptrdiff_t in_row = std::ptrdiff_t(block_.width) * block_.channels;
-    const T* in = x(n);
-    T* to = out(n);
-    const int channels = std::min(block_.channels, out_channels_);
-    std::vector<float> sums(channels);
-    for (int row = row0; row < row1; ++row)
-        for (int col = 0; col < out_width_; ++col) {
-            T* pixel = to + row * out_row + std::ptrdiff_t(col) * out_channels_;
-            const int y0 = row * pool_, y1 = std::min(y0 + pool_, block_.height);
-            const int x0 = col * pool_, x1 = std::min(x0 + pool_, block_.width);
-            const float inside = float((y1 - y0) * (x1 - x0));
-            std::fill(sums.begin(), sums.end(), 0.0f);
-            for (int y = y0; y < y1; ++y)
-                for (int c0 = x0; c0 < x1; ++c0) {
-                    const T* from = in + y * in_row + std::ptrdiff_t(c0) * block_.channels;
-#pragma omp simd
-                    for (int c = 0; c < channels; ++c) sums[c] += to_float(from[c]);
-                }
-#pragma omp simd
-            for (int c = 0; c < channels; ++c) pixel[c] = from_float<T>(sums[c] / inside);
-            std::fill_n(pixel + channels, out_channels_ - channels, T{});
-        }
 }
 
 template <class T>

@@ -81,8 +81,6 @@ private:
     void load_scales(float* workspace, int n) const;
     // Rows of sample n into a map, through the norm in front if `norm`.
     void load_rows(const BasicBlockedMap<T>& map, T* to, int n, int row0, int row1, bool norm) const;
-    // Average pooling (partial windows divide by what is inside), then zero channels.
-    void pool(int n, int row0, int row1) const;
     void project(int n, int row0, int row1, float* bench) const;
     // The tiles of the samples that run group `group` of convolution i: a convolution of its own.
     std::vector<WinogradTile<T>> tiles(int i, int group, float* workspaces, const int* samples, int count) const;

@@ -184,6 +184,103 @@ void load(const MapLoad& load, int row0, int row1) {
     }
 }
 
+// Sums of NV vectors of channels over the pixels, in their order; `read` makes a vector of a pixel's channels.
+template <int NV, class Read>
+inline __attribute__((always_inline)) void average_of(const den::BasicPool<Element>& pool, int c, Read read,
+                                                      Vec::Reg (&average)[NV]) {
+    const float one_of = 1.0f / (float)pool.pixels;
+    const Vec::Reg share = Vec::broadcast(&one_of);
+    Vec::Reg sum[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) sum[v] = Vec::zero();
+    const Element* x = pool.in + c;
+    for (int p = 0; p < pool.pixels; ++p, x += pool.channels)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) sum[v] = Vec::add(sum[v], read(x, v));
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) average[v] = Vec::fma(sum[v], share, Vec::zero());
+}
+
+template <int NV>
+inline void pool_vectors(const den::BasicPool<Element>& pool, int c) {
+    Vec::Reg average[NV];
+    const auto plain = [](const Element* x, int v) { return Vec::load(x + v * Vec::lanes); };
+    const float *mul = pool.mul + c, *add = pool.add + c;
+    const auto activated = [=](const Element* x, int v) {
+        const int at = v * Vec::lanes;
+        return Vec::at_least(Vec::zero(), Vec::fma(Vec::load(x + at), Vec::load(mul + at), Vec::load(add + at)));
+    };
+    if (pool.mul)
+        average_of<NV>(pool, c, activated, average);
+    else
+        average_of<NV>(pool, c, plain, average);
+    for (int v = 0; v < NV; ++v) Vec::store(pool.out + c + v * Vec::lanes, average[v]);
+}
+
+// The same for the last `count` channels, fewer than a vector.
+void pool_ragged(const den::BasicPool<Element>& pool, int c, int count) {
+    Vec::Reg average[1];
+    Element line[Vec::lanes] = {};
+    float scale[Vec::lanes] = {}, shift[Vec::lanes] = {};
+    for (int i = 0; i < count && pool.mul; ++i) scale[i] = pool.mul[c + i], shift[i] = pool.add[c + i];
+    const Vec::Reg mul = Vec::load(scale), add = Vec::load(shift);
+    average_of<1>(pool, c, [&](const Element* x, int) {
+        for (int i = 0; i < count; ++i) line[i] = x[i];
+        const Vec::Reg value = Vec::load(line);
+        return pool.mul ? Vec::at_least(Vec::zero(), Vec::fma(value, mul, add)) : value;
+    }, average);
+    Vec::store(line, average[0]);
+    for (int i = 0; i < count; ++i) pool.out[c + i] = line[i];
+}
+
+void pool(const den::BasicPool<Element>& pool) {
+    constexpr int vectors = 4;
+    int c = 0;
+    for (; c + vectors * Vec::lanes <= pool.channels; c += vectors * Vec::lanes) pool_vectors<vectors>(pool, c);
+    for (; c + Vec::lanes <= pool.channels; c += Vec::lanes) pool_vectors<1>(pool, c);
+    if (c < pool.channels) pool_ragged(pool, c, pool.channels - c);
+}
+
+// The average of `rows` x `cols` pixels, a vector of channels at a time.
+inline void average_window(const Element* x, std::ptrdiff_t in_row, std::ptrdiff_t in_pixel, int rows, int cols, int channels,
+                           Element* out) {
+    const float pixels = (float)(rows * cols);
+    const Vec::Reg count = Vec::broadcast(&pixels);
+    for (int c = 0; c < channels; c += Vec::lanes) {
+        const int left = channels - c;
+        Element line[Vec::lanes] = {};
+        const auto read = [&](const Element* from) {
+            if (left >= Vec::lanes) return Vec::load(from);
+            for (int i = 0; i < left; ++i) line[i] = from[i];
+            return Vec::load(line);
+        };
+        Vec::Reg sum = Vec::zero();
+        for (int y = 0; y < rows; ++y)
+            for (int col = 0; col < cols; ++col) sum = Vec::add(sum, read(x + y * in_row + col * in_pixel + c));
+        sum = Vec::div(sum, count);
+        if (left >= Vec::lanes) {
+            Vec::store(out + c, sum);
+        } else {
+            Vec::store(line, sum);
+            for (int i = 0; i < left; ++i) out[c + i] = line[i];
+        }
+    }
+}
+
+void shortcut(const den::BasicShortcut<Element>& s, int row0, int row1) {
+    const int channels = s.channels < s.out_channels ? s.channels : s.out_channels;
+    const std::ptrdiff_t in_row = (std::ptrdiff_t)s.width * s.channels;
+    Element* out = s.out + (std::ptrdiff_t)row0 * s.out_width * s.out_channels;
+    for (int row = row0; row < row1; ++row) {
+        const int y = row * s.stride, rows = s.height - y < s.stride ? s.height - y : s.stride;
+        for (int col = 0; col < s.out_width; ++col, out += s.out_channels) {
+            const int x = col * s.stride, cols = s.width - x < s.stride ? s.width - x : s.stride;
+            average_window(s.in + y * in_row + (std::ptrdiff_t)x * s.channels, in_row, s.channels, rows, cols, channels, out);
+            __builtin_memset(out + channels, 0, sizeof(Element) * (s.out_channels - channels));
+        }
+    }
+}
+
 #define DEN_CONCAT(table, element, isa) table##_##element##_##isa
 #define DEN_NAME(table, element, isa) DEN_CONCAT(table, element, isa)
 #define DEN_TABLE DEN_NAME(kernels, DEN_ELEMENT, DEN_ISA)
@@ -195,6 +292,6 @@ namespace den {
 
 extern const WinogradKernels<Element> DEN_WINOGRAD;
 extern const BasicKernels<Element> DEN_TABLE;
-const BasicKernels<Element> DEN_TABLE = {conv, load, &DEN_WINOGRAD};
+const BasicKernels<Element> DEN_TABLE = {conv, load, pool, shortcut, &DEN_WINOGRAD};
 
 }  // namespace den

@@ -72,6 +72,26 @@ struct BasicMapLoad {
     const char* row_read;           // 0: no tap reads this row
 };
 
+// The average over the pixels of one NHWC image, of relu(x * mul + add) when mul is given, else of x.
+template <class T>
+struct BasicPool {
+    const T* in;
+    int pixels, channels;
+    const float* mul;
+    const float* add;
+    T* out;  // [channels]
+};
+
+// The shortcut without parameters of one NHWC image: the average over windows of stride x stride pixels (of those inside
+// it, at the lower and right border), then channels of zeros.
+template <class T>
+struct BasicShortcut {
+    const T* in;
+    int height, width, channels, stride;
+    T* out;
+    int out_width, out_channels;
+};
+
 template <class T>
 struct WinogradKernels;  // winograd.h
 
@@ -80,6 +100,8 @@ struct BasicKernels {
     // Output rows [row0, row1) of output blocks [unit0, unit1); a unit is one block of 16 output channels of a group.
     void (*conv)(const BasicConvPass<T>& pass, int unit0, int unit1, int row0, int row1);
     void (*load)(const BasicMapLoad<T>& load, int row0, int row1);
+    void (*pool)(const BasicPool<T>& pool);
+    void (*shortcut)(const BasicShortcut<T>& shortcut, int row0, int row1);  // of the output
     const WinogradKernels<T>* winograd;
 };
 

@@ -43,6 +43,7 @@ void residual_block(const ResidualBlock& block) {
     const std::vector<int> shared(active.begin() + std::min<std::size_t>(active.size(), std::size_t(whole) * team), active.end());
     const int shares = int(shared.size());
     const int parts = threads;  // of each shared sample
+    const int idle_parts = ceil_div(threads, std::max(1, idles));  // of each sample that is its shortcut
 
     const std::size_t floats = run.workspace_floats(), own = (whole ? team * floats : 0) + run.bench_floats();
     float* memory = scratch(Scratch::kWork, threads * own + shares * floats + run.shared_v_floats(shares, threads));
@@ -66,7 +67,10 @@ void residual_block(const ResidualBlock& block) {
             run.run_team(workspaces, active.data() + first, std::min(team, int(active.size()) - first), bench);
         }
 #pragma omp for schedule(dynamic, 1) nowait
-        for (int i = 0; i < idles; ++i) run.shortcut(idle[i], 0, run.out_height(), bench);
+        for (int i = 0; i < idles * idle_parts; ++i) {
+            const int part = i % idle_parts, rows = run.out_height();
+            run.shortcut(idle[i / idle_parts], rows * part / idle_parts, rows * (part + 1) / idle_parts, bench);
+        }
         if (shares) {
             // Part by part, and static: every thread has the same rows of all samples, from one convolution to the next.
 #pragma omp for schedule(static)
@@ -90,39 +94,7 @@ void residual_block(const ResidualBlock& block) {
     }
 }
 
-template <class T>
-void residual_chain(std::vector<ResidualBlock>& blocks, const T* x, T* out) {
-    // Blocks that keep the shape work in place. The last run of equal shapes is `out` itself; those before it take turns
-    // in two buffers. x is never written.
-    const auto size = [](const ResidualBlock& block) {
-        int height = block.height, width = block.width;
-        for (const BlockConv& conv : block.convs)
-            height = ceil_div(height, conv.stride), width = ceil_div(width, conv.stride);
-        return std::size_t(block.samples) * height * width * block.convs.back().out_channels;
-    };
-    const auto keeps_shape = [](const ResidualBlock& block) {
-        bool strided = false;
-        for (const BlockConv& conv : block.convs) strided = strided || conv.stride != 1;
-        return !strided && block.channels == block.convs.back().out_channels;
-    };
-    std::size_t last = blocks.size() - 1, most = 0;
-    while (last > 0 && keeps_shape(blocks[last])) --last;
-    for (std::size_t b = 0; b < last; ++b) most = std::max(most, round_up(size(blocks[b]), kMapBlock<T>));
-    T* buffer = last > 0 ? elements<T>(scratch(Scratch::kMaps, 2 * most / kWord<T>)) : nullptr;
-    int turn = 0;
-    for (std::size_t b = 0; b < blocks.size(); ++b) {
-        blocks[b].x = b ? blocks[b - 1].out : x;
-        if (b >= last)
-            blocks[b].out = out;
-        else
-            blocks[b].out = b && keeps_shape(blocks[b]) ? blocks[b - 1].out : buffer + most * (turn++ % 2);
-    }
-    for (const ResidualBlock& block : blocks) residual_block<T>(block);
-}
-
 template void residual_block<float>(const ResidualBlock&);
 template void residual_block<bf16>(const ResidualBlock&);
-template void residual_chain(std::vector<ResidualBlock>&, const float*, float*);
-template void residual_chain(std::vector<ResidualBlock>&, const bf16*, bf16*);
 
 }  // namespace den

@@ -42,8 +42,4 @@ struct ResidualBlock {
 template <class T>
 void residual_block(const ResidualBlock& block);
 
-// Blocks one after the other, from x to out; their own x and out are set here. What is between them is scratch memory.
-template <class T>
-void residual_chain(std::vector<ResidualBlock>& blocks, const T* x, T* out);
-
 }  // namespace den

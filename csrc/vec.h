@@ -33,6 +33,7 @@ struct Vec16 {
     static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
     static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
     static Reg sub(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
+    static Reg div(Reg a, Reg b) { return _mm512_div_ps(a, b); }
     // max(low, a). maxps returns its second operand when one is NaN, so a NaN survives as it does in torch.relu.
     static Reg at_least(Reg low, Reg a) { return _mm512_max_ps(low, a); }
 
@@ -82,6 +83,7 @@ struct Vec8 {
     static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
     static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
     static Reg sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
+    static Reg div(Reg a, Reg b) { return _mm256_div_ps(a, b); }
     static Reg at_least(Reg low, Reg a) { return _mm256_max_ps(low, a); }
 
     static Words words(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
@@ -133,6 +135,7 @@ struct Vec4 {
     static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
     static Reg add(Reg a, Reg b) { return a + b; }
     static Reg sub(Reg a, Reg b) { return a - b; }
+    static Reg div(Reg a, Reg b) { return a / b; }
     static Reg at_least(Reg low, Reg a) {
         const Words below = (Words)(a < low);  // false for NaN, which is kept
         return (Reg)(((Words)a & ~below) | ((Words)low & below));

@@ -8,17 +8,18 @@ B blocks, L levels.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import den_kernels as dk
 from den.flops import block_macs, cost_ratios
-from den.freeze import FrozenStem, Trunk, freeze
+from den.freeze import freeze
 from den.model import DEN
 from den.tasks import Task
 from den.timing import hardware, interleaved
+from den.trunk import Trunk
 
 
 def cost_table(model: DEN, unit: str, image_size: tuple[int, int], ms_BL: Tensor | None = None) -> Tensor:
@@ -54,7 +55,7 @@ def measure_blocks(
     h = x.to(frozen.device, frozen.dtype).contiguous(memory_format=torch.channels_last)
     stride, _, _ = model.estimator.entry(*image_size)
     if frozen.stem is not None:
-        h, stride = cast(FrozenStem, frozen.stem)(h, stride, 0), 1
+        h, stride = Trunk(frozen.stem, [])(h, None, 0, stride), 1
     wait = torch.cuda.synchronize if h.device.type == "cuda" else None
     rows = []
     for block in frozen.blocks:
@@ -70,7 +71,7 @@ def measure_blocks(
 def _at_level(block: nn.Module, num_levels: int, level: int, h: Tensor, stride: int):
     """A frozen block by itself, on maps like h, all at one level."""
     plan = dk.plan_levels(torch.full((h.shape[0], 1), level, device=h.device), num_levels)
-    trunk = Trunk([block])
+    trunk = Trunk(None, [block])
     return lambda x: trunk(x, plan, 0, stride)
 
 

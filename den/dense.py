@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from den.blocks.base import Block
 from den.blocks.forms import fold, plain_block, plain_conv, tables
-from den.estimator import Stem, Tail, stem_pool, stem_stride
+from den.estimator import PoolTail, Stem, Tail, stem_pool, stem_stride
 from den.freeze import freeze_tail
 from den.model import DEN, check_level, check_task
 
@@ -63,7 +63,8 @@ class DenseNetwork(nn.Module):
         self.stem = None if estimator.stem is None else PlainStem(estimator.stem, set_index)
         blocks = cast("list[Block]", list(estimator.blocks))
         self.blocks = nn.ModuleList(plain_block(block, l, set_index) for block, l in zip(blocks, path, strict=True))
-        self.tail = freeze_tail(cast(Tail, estimator.tail), dtype)
+        tail = cast(Tail, estimator.tail)
+        self.tail = PlainPool(tail) if isinstance(tail, PoolTail) else freeze_tail(tail, dtype)
         self.head = copy.deepcopy(estimator.heads[task])
         self.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.requires_grad_(False).eval()
@@ -96,3 +97,22 @@ class PlainStem(nn.Module):
     def forward(self, x: Tensor, stride: int) -> Tensor:
         x = F.conv2d(x, self.conv.weight, self.conv.bias, stride * self.conv.stride[0], self.conv.padding)
         return stem_pool(F.relu(x, inplace=True) if self.relu else x, self.pool)
+
+
+class PlainPool(nn.Module):
+    """The global average pool, behind a norm as a scale and shift and a ReLU if there is one."""
+
+    scale: Tensor | None
+    shift: Tensor | None
+
+    def __init__(self, tail: PoolTail):
+        super().__init__()
+        folded = (None, None) if tail.norm is None else tables(tail.norm)
+        for name, table in zip(("scale", "shift"), folded, strict=True):
+            self.register_buffer(name, None if table is None else table[:, 0, :, None, None].clone())
+
+    def forward(self, x: Tensor, set_index: int) -> Tensor:
+        """x [N, C, H, W] -> [N, C]."""
+        if self.scale is not None and self.shift is not None:
+            x = torch.addcmul(self.shift[set_index], x, self.scale[set_index]).relu_()
+        return x.mean((2, 3))

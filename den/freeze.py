@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import den_kernels as dk
 from den.blocks.base import Block
-from den.blocks.forms import FreezeOptions, fold, freeze_block, register_conv, register_folded, tables
+from den.blocks.forms import FreezeOptions, freeze_block, tables
 from den.budget import Budget
 from den.cuda_graph import StaticCalls, check_batches, check_capturable
-from den.estimator import HiddenTail, PoolTail, Stem, Tail, stem_pool, stem_stride
+from den.estimator import HiddenTail, PoolTail, Stem, Tail, stem_stride
 from den.model import DEN, DENOutput, LevelLike, check_choice, check_images, check_task, check_tasks, choose
 from den.selector import Selector, SelectorBlock, budget_of, read_head, shrink
+from den.trunk import Trunk, first_conv
 
 
 def freeze(
@@ -90,11 +89,12 @@ class FrozenDEN(nn.Module):
         self.in_channels, self.base_size = estimator.in_channels, estimator.base_size
         self.device, self.dtype = estimator.device, dtype
         self.set_index = dict(estimator.set_index)
-        self.stem = None if estimator.stem is None else FrozenStem(estimator.stem, dtype)
+        num_sets = 1 + max(self.set_index.values())
+        self.stem = None if estimator.stem is None else freeze_stem(estimator.stem, num_sets, options)
         blocks = cast("list[Block]", list(estimator.blocks))
         self.blocks = nn.ModuleList(freeze_block(block, options) for block in blocks)
-        self.trunk = Trunk(self.blocks)
         self.tail = freeze_tail(cast(Tail, estimator.tail), dtype)
+        self.trunk = Trunk(self.stem, self.blocks, self.tail)
         self.heads = copy.deepcopy(estimator.heads).to(dtype).requires_grad_(False)
         self.selector = freeze_selector(model.selector, options)
         self.calls: StaticCalls | None = None  # set by `freeze`: how calls are replayed
@@ -149,68 +149,17 @@ class FrozenDEN(nn.Module):
         level_NB, level_probs = choose(self.selector, x, level_NB, budget_N)
         plan = dk.plan_levels(level_NB, self.num_levels)
         stride = stem_stride(x.shape[2], x.shape[3], self.base_size)
-        h = x if self.stem is None else self.stem(x, stride, set_index)
-        entry = stride if self.stem is None else 1
-        features = self.tail(self.trunk(h, plan, set_index, entry), set_index)
+        features = self.trunk(x, plan, set_index, stride)
         return level_NB, level_probs, *(self.heads[task](features) for task in tasks)
 
 
-class Trunk:
-    """The blocks of a frozen network in their order: neighbouring fused blocks as one chain, any other by itself."""
-
-    def __init__(self, blocks: Iterable[nn.Module]):
-        self.steps: list[tuple[int, dk.FusedChain | nn.Module]] = []  # the first block of each
-        blocks = list(blocks)
-        dk.gather_weights([m for block in blocks for m in block.modules() if isinstance(m, dk.FusedConv2d)])
-        groups = itertools.groupby(enumerate(blocks), lambda item: isinstance(item[1], dk.FusedResidualBlock))
-        for fused, group in groups:
-            members = list(group)
-            if fused:
-                chain = dk.FusedChain([cast(dk.FusedResidualBlock, block) for _, block in members])
-                self.steps.append((members[0][0], chain))
-            else:
-                self.steps += members
-
-    def __call__(self, h: Tensor, plan: dk.LevelPlan, set_index: int, entry_stride: int = 1) -> Tensor:
-        """h [N, C, H, W], never overwritten. entry_stride: of the first block, where a network has no stem."""
-        for first, step in self.steps:
-            if isinstance(step, dk.FusedChain):
-                h = step(h, dk.LevelPlan(*(part[first : first + len(step.blocks)] for part in plan)), set_index)
-            else:
-                h = step(h, *plan.block(first), set_index, entry_stride)
-            entry_stride = 1
-        return h
-
-
-def batch_norm_fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """The same for PyTorch's own batch norm."""
-    scale, shift = _batch_norm_tables(norm)
-    return fold(conv.weight, scale, shift)
-
-
-def _batch_norm_tables(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Scale and shift [C] of a norm with running statistics and affine."""
-    mean, var = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
-    scale = (norm.weight * torch.rsqrt(var + norm.eps)).detach()
-    return scale, (norm.bias - mean * scale).detach()
-
-
-class FrozenStem(nn.Module):
-    """The stem with its norm, if any, folded into a weight for each set of statistics."""
-
-    def __init__(self, stem: Stem, dtype: torch.dtype):
-        super().__init__()
-        self.stride, self.pool, self.relu = stem.stride, stem.pool, stem.norm is not None
-        if stem.norm is None:
-            self.convs = [register_conv(self, "", stem.conv.weight.detach(), None, dtype)]
-        else:
-            self.convs = register_folded(self, "", stem.conv.weight, stem.norm, dtype)
-
-    def forward(self, x: Tensor, stride: int, set_index: int) -> Tensor:
-        """x [N, C, H, W] -> a new [N, out_channels, H', W']; see `Stem`."""
-        weight, bias = self.convs[set_index if self.relu else 0]
-        x = F.conv2d(x, weight, bias, stride * self.stride, weight.shape[2] // 2)
-        return stem_pool(x.relu_() if self.relu else x, self.pool)
+def freeze_stem(stem: Stem, num_sets: int, options: FreezeOptions) -> nn.Module:
+    """The inference form of a stem, for `Trunk`."""
+    norm = None
+    if stem.norm is not None:
+        scale, shift = tables(stem.norm)
+        norm = scale[:, 0], shift[:, 0]
+    return first_conv(stem.conv.weight, norm, options, stride=stem.stride, pool=stem.pool, num_sets=num_sets)
 
 
 @functools.singledispatch
@@ -221,28 +170,9 @@ def freeze_tail(tail: nn.Module, dtype: torch.dtype) -> nn.Module:
     )
 
 
-class FrozenPoolTail(nn.Module):
-    """`PoolTail` with its norm, if any, as a scale and shift."""
-
-    scale: Tensor | None
-    shift: Tensor | None
-
-    def __init__(self, tail: PoolTail, dtype: torch.dtype):
-        super().__init__()
-        folded = (None, None) if tail.norm is None else tables(tail.norm)
-        for name, table in zip(("scale", "shift"), folded, strict=True):
-            self.register_buffer(name, None if table is None else table[:, 0, :, None, None].to(dtype).contiguous())
-
-    def forward(self, x: Tensor, set_index: int) -> Tensor:
-        """x [N, C, H, W] -> [N, C]."""
-        if self.scale is not None and self.shift is not None:
-            x = torch.addcmul(self.shift[set_index], x, self.scale[set_index]).relu_()
-        return x.mean((2, 3))
-
-
 @freeze_tail.register
 def _(tail: PoolTail, dtype: torch.dtype) -> nn.Module:
-    return FrozenPoolTail(tail, dtype)
+    return dk.FusedPool() if tail.norm is None else dk.FusedPool(*(table[:, 0] for table in tables(tail.norm)))
 
 
 @freeze_tail.register
@@ -265,10 +195,11 @@ class FrozenSelector(nn.Module):
         super().__init__()
         dtype = options.dtype
         self.spec, self.num_blocks = selector.spec, selector.num_blocks
-        self.conv = register_conv(self, "", *batch_norm_fold(selector.conv, selector.norm), dtype)
+        scale, shift = _batch_norm_tables(selector.norm)
+        self.conv = first_conv(selector.conv.weight, (scale[None], shift[None]), options)
         blocks = cast("list[SelectorBlock]", list(selector.blocks))
         self.blocks = nn.ModuleList(_freeze_selector_block(block, options) for block in blocks)
-        self.trunk = Trunk(self.blocks)
+        self.trunk = Trunk(self.conv, self.blocks, dk.FusedPool())
         self.head = copy.deepcopy(selector.head).to(dtype).requires_grad_(False)
         self.condition = (
             copy.deepcopy(selector.condition).to(dtype).requires_grad_(False) if selector.condition else None
@@ -279,15 +210,15 @@ class FrozenSelector(nn.Module):
         """Logits [N, B, L] of images x [N, C, H, W]; see `Selector.forward`."""
         budget_N = budget_of(self.condition, budget, x)
         x, stride = shrink(x, self.spec)
-        weight, bias = self.conv
-        h = F.conv2d(x, weight, bias, stride, 1).relu_()
-        n = h.shape[0]
-        blocks = len(self.blocks)
-        level_BN = torch.zeros(blocks, n, dtype=torch.int32, device=h.device)
-        order_BN = torch.arange(n, dtype=torch.int32, device=h.device).repeat(blocks, 1)
-        count_BL = torch.full((blocks, 1), n, dtype=torch.int32, device=h.device)
-        h = self.trunk(h, dk.LevelPlan(level_BN, order_BN, count_BL), 0)
-        return read_head(self.head, self.condition, h.mean((2, 3)), budget_N, self.num_blocks, self.level_mask)
+        features = self.trunk(x, None, 0, stride)
+        return read_head(self.head, self.condition, features, budget_N, self.num_blocks, self.level_mask)
+
+
+def _batch_norm_tables(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Scale and shift [C] of a norm with running statistics and affine."""
+    mean, var = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+    scale = (norm.weight * torch.rsqrt(var + norm.eps)).detach()
+    return scale, (norm.bias - mean * scale).detach()
 
 
 def _freeze_selector_block(block: SelectorBlock, options: FreezeOptions) -> dk.FusedResidualBlock:

@@ -7,8 +7,10 @@
 from den_kernels import reference
 from den_kernels.backends import available_backends
 from den_kernels.functional import den_conv2d, plan_levels
-from den_kernels.fused import FusedChain, FusedResidualBlock
+from den_kernels.fused import FusedResidualBlock
+from den_kernels.fused_chain import FusedChain, joins_chain
 from den_kernels.fused_conv import FusedConv2d
+from den_kernels.fused_pool import FusedPool
 from den_kernels.modules import DENBatchNorm2d, DENConv2d, DENLinear
 from den_kernels.packed import gather_weights
 from den_kernels.plan import LevelPlan
@@ -22,12 +24,14 @@ __all__ = [
     "DENLinear",
     "FusedChain",
     "FusedConv2d",
+    "FusedPool",
     "FusedResidualBlock",
     "LevelPlan",
     "SyncBatchNorm2d",
     "available_backends",
     "den_conv2d",
     "gather_weights",
+    "joins_chain",
     "plan_levels",
     "reference",
     "sync_batch_norm",

@@ -1,4 +1,4 @@
-"""The inference form of residual blocks: packed weights, folded norms, one operator call a block or a chain of them.
+"""The inference form of residual blocks: packed weights, folded norms, one operator call a block.
 
 T sets (such as tasks), L levels, C channels, N samples, H W space.
 """
@@ -6,7 +6,7 @@ T sets (such as tasks), L levels, C channels, N samples, H W space.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -14,9 +14,8 @@ from torch import Tensor
 
 from den_kernels import ops as _ops  # noqa: F401  (registers torch.ops.den_kernels)
 from den_kernels.backends import resolve
-from den_kernels.block import BlockArguments, batch_class, flatten
-from den_kernels.packed import PackedLayer, gather_weights
-from den_kernels.plan import LevelPlan
+from den_kernels.block import BlockArguments, batch_class
+from den_kernels.packed import PackedLayer
 
 
 class FusedResidualBlock(PackedLayer):
@@ -39,6 +38,7 @@ class FusedResidualBlock(PackedLayer):
         backend: "auto" or a name.
     """
 
+    scale0: Tensor
     pre_scale: Tensor | None
     pre_shift: Tensor | None
     projection_scale: Tensor
@@ -88,18 +88,17 @@ class FusedResidualBlock(PackedLayer):
             self.register_buffer("projection_shift", shift.float().contiguous())
         self._arguments: dict[tuple[int, int], BlockArguments] = {}
 
-    def _apply(self, fn, recurse=True):
-        self._arguments = {}
-        return super()._apply(fn, recurse)
+    @property
+    def num_levels(self) -> int:
+        return self.scale0.shape[1]
 
-    def move_packed(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put copies of the packed weights in place of them."""
-        super().move_packed(tensors)
+    def changed(self) -> None:
+        super().changed()
         self._arguments = {}
 
-    def batch_class(self, shape: Sequence[int]) -> int:
+    def batch_class(self, shape: Sequence[int], stride: int | None = None) -> int:
         """Which form of the weights a batch [N, C, H, W] takes; see `den_kernels.backends`."""
-        return batch_class(self._tile_bounds, shape, math.prod(self.strides))
+        return batch_class(self._tile_bounds, shape, math.prod(self.strides) if stride is None else stride)
 
     def arguments(self, set_index: int = 0, batch_class: int = 0) -> BlockArguments:
         """The operator's arguments behind the plan, for one set; kept, because slicing costs more than the call."""
@@ -152,43 +151,6 @@ class FusedResidualBlock(PackedLayer):
             raise ValueError("inplace is True, but this block's output has another shape than its input")
         torch.ops.den_kernels.residual_block_(x, level, order, count, *arguments, self.backend)
         return x
-
-
-class FusedChain:
-    """Fused residual blocks one after the other, in one operator call: no Python between them.
-
-    blocks: of one backend. They stay the modules that they are; their packed weights are moved next to each other.
-    """
-
-    def __init__(self, blocks: Sequence[FusedResidualBlock]) -> None:
-        backends = {block.backend for block in blocks}
-        if len(backends) != 1:
-            raise ValueError(f"blocks use the backends {sorted(backends)}; a chain takes blocks of one")
-        self.blocks, self.backend = list(blocks), backends.pop()
-        gather_weights(self.blocks)
-        self._flat: dict[tuple, tuple[list[BlockArguments], tuple[list[Tensor], list[int]]]] = {}
-
-    def __call__(self, x: Tensor, plan: LevelPlan, set_index: int = 0) -> Tensor:
-        """x [N, C, H, W] channels_last, never overwritten; plan: of these blocks. Returns the last block's output."""
-        shape, classes = tuple(x.shape), []
-        for block in self.blocks:
-            classes.append(block.batch_class(shape))
-            step = math.prod(block.strides)
-            shape = shape[0], block.out_channels, -(-shape[2] // step), -(-shape[3] // step)
-        arguments = [block.arguments(set_index, c) for block, c in zip(self.blocks, classes, strict=True)]
-        if torch.compiler.is_compiling():
-            flat = flatten(arguments)
-        else:
-            flat = self._flattened(arguments, (set_index, *classes))
-        return torch.ops.den_kernels.residual_chain(x, *plan, *flat, self.backend)
-
-    def _flattened(self, arguments: list[BlockArguments], key: tuple) -> tuple[list[Tensor], list[int]]:
-        """`flatten`, kept for as long as the arguments are the same."""
-        known, flat = self._flat.get(key, (None, None))
-        if flat is None or known is None or any(a is not b for a, b in zip(arguments, known, strict=True)):
-            flat = flatten(arguments)
-            self._flat[key] = arguments, flat
-        return flat
 
 
 def _check_block(weights, scales, shifts, widths, strides, groups, pre_scale, pre_shift, projection) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from den_kernels import ops as _ops  # noqa: F401  (registers torch.ops.den_kernels)
 from den_kernels.backends import resolve
 from den_kernels.block import batch_class
+from den_kernels.chain import ConvArguments
 from den_kernels.packed import PackedLayer
 
 
@@ -82,22 +83,31 @@ class FusedConv2d(PackedLayer):
         Returns [N, O, ceil(H / stride), ceil(W / stride)], channels_last, 0 beyond a sample's width.
         """
         stride = self.stride if stride is None else stride
-        name = self._names[batch_class(self._tile_bounds, x.shape, stride)]
-        return torch.ops.den_kernels.fused_conv2d(
-            x,
-            level,
-            order,
-            self.in_widths,
-            self.out_widths,
-            getattr(self, name),
-            self.scale[set_index],
-            self.shift[set_index],
-            self.kernel_size,
-            stride,
-            self.groups,
-            self.relu,
-            self.backend,
-        )
+        arguments = self.arguments(set_index, self.batch_class(x.shape, stride))._replace(stride=stride)
+        widths = self.in_widths, self.out_widths
+        return torch.ops.den_kernels.fused_conv2d(x, level, order, *widths, *arguments, self.backend)
+
+    @property
+    def num_levels(self) -> int:
+        return self.scale.shape[1]
+
+    @property
+    def dense(self) -> bool:
+        """Whether it has one level, of all channels."""
+        return self.num_levels == 1 and self.in_widths is None and self.out_widths is None
+
+    @property
+    def strides(self) -> list[int]:
+        return [self.stride]
+
+    def batch_class(self, shape: Sequence[int], stride: int) -> int:
+        """Which form of the weight a batch [N, C, H, W] takes at a stride; see `den_kernels.backends`."""
+        return batch_class(self._tile_bounds, shape, stride)
+
+    def arguments(self, set_index: int = 0, batch_class: int = 0) -> ConvArguments:
+        """The operator's arguments behind the plan and the widths, for one set."""
+        weight, tables = getattr(self, self._names[batch_class]), (self.scale[set_index], self.shift[set_index])
+        return ConvArguments(weight, *tables, self.kernel_size, self.stride, self.groups, self.relu)
 
 
 def _check(

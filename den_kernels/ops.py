@@ -17,7 +17,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from den_kernels.backends import batch_norm as plain_batch_norm
 from den_kernels.backends import load, resolve
-from den_kernels.block import BlockArguments, at_levels, chain_output, output_shape, unflatten
+from den_kernels.block import BlockArguments, at_levels, output_shape
+from den_kernels.chain import chain_output, plan_rows, unflatten
 from den_kernels.plan import plan_levels
 
 _LIBRARY = torch.library.Library("den_kernels", "DEF")
@@ -60,7 +61,7 @@ _LIBRARY.define(
 _LIBRARY.define(f"residual_block(Tensor x, {_BLOCK}) -> Tensor")
 _LIBRARY.define(f"residual_block_(Tensor(a!) x, {_BLOCK}) -> ()")
 _LIBRARY.define(
-    "residual_chain(Tensor x, Tensor level, Tensor order, Tensor count, Tensor[] tensors, int[] spec, str backend)"
+    "residual_chain(Tensor x, Tensor? level, Tensor? order, Tensor? count, Tensor[] tensors, str spec, str backend)"
     " -> Tensor"
 )
 
@@ -364,11 +365,18 @@ def _residual_block_flop(x, level, order, count, *rest, **_) -> int:
 
 
 @register_flop_formula(torch.ops.den_kernels.residual_chain, get_raw=True)
-def _residual_chain_flop(x, level, order, count, tensors, spec, backend, **_) -> int:
+def _residual_chain_flop(x, level, order, count, tensors, spec, backend, **kwargs) -> int:
     total, shape = 0, x.shape
-    for level_N, block in zip(level, unflatten(tensors, spec), strict=True):
-        total += _block_flop(shape, level_N, block)
-        shape = output_shape(shape, block.scale[-1].shape[1], block.stride)
+    layers, _pool = unflatten(tensors, spec)
+    for (level_N, _, _), layer in zip(plan_rows(layers, x.shape[0], level, order, count), layers, strict=True):
+        channels, stride = layer.output
+        if isinstance(layer, BlockArguments):
+            total += _block_flop(shape, level_N, layer)
+            shape = output_shape(shape, channels, (stride,))
+            continue
+        inputs, shape = shape[1], output_shape(shape, channels, (stride,))
+        pairs = _pairs(shape[0], inputs, channels, None, None, layer.groups)
+        total += 2 * math.prod(shape[2:]) * layer.kernel_size**2 * pairs
     return total
 
 

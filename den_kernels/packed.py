@@ -20,6 +20,15 @@ class PackedLayer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._packed_names: list[str] = []
+        self.version = 0  # how often its tensors were replaced
+
+    def changed(self) -> None:
+        """Its tensors are others than before: what was kept of them is out of date."""
+        self.version += 1
+
+    def _apply(self, fn, recurse=True):
+        self.changed()
+        return super()._apply(fn, recurse)
 
     def register_forms(self, name: str, forms: Sequence[Tensor]) -> list[str]:
         """Keep a weight's forms as buffers, and return the buffer's name for each class of batch.
@@ -40,6 +49,7 @@ class PackedLayer(nn.Module):
         """Put copies of the packed weights in place of them."""
         for name, tensor in tensors.items():
             setattr(self, name, tensor)
+        self.changed()
 
 
 def gather_weights(layers: Iterable[PackedLayer]) -> None:

@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import den_kernels as dk
-from den_kernels.block import BlockArguments, flatten
+from den_kernels.block import BlockArguments
+from den_kernels.chain import flatten
 from den_kernels.plan import plan_levels
 
 OPS = torch.ops.den_kernels

@@ -16,7 +16,8 @@ import den
 import den_kernels as dk
 from den.cuda_graph import captured
 from den_kernels import reference
-from den_kernels.block import BlockArguments, flatten
+from den_kernels.block import BlockArguments
+from den_kernels.chain import flatten
 
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 GPU = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs an NVIDIA GPU")

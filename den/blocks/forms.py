@@ -41,15 +41,6 @@ def register_conv(
     return weight, bias
 
 
-def register_folded(
-    module: nn.Module, suffix: str, weight: Tensor, norm: dk.DENBatchNorm2d, dtype: torch.dtype
-) -> list[tuple[Tensor, Tensor | None]]:
-    """Keep a convolution and the norm of one level behind it, folded: returns weight and bias of each set."""
-    scale, shift = tables(norm)
-    folded = [fold(weight, *row) for row in zip(scale[:, 0], shift[:, 0], strict=True)]
-    return [register_conv(module, f"{suffix}{t}", *pair, dtype) for t, pair in enumerate(folded)]
-
-
 class FreezeOptions(NamedTuple):
     """What `den.freeze` was asked for; see there."""
 

@@ -10,6 +10,7 @@ A backend is a module with
     TILE_BOUNDS                         descending; the class of a batch: how many its 4 x 4 tiles of outputs are below
     pack_weights                        copies of weights as the blocks read them, a form for each class of batch
     gather                              packed weights moved to where a chain reads them best
+    DENSE_IN_CHAIN                      whether a network's first convolution is faster in its chain than as PyTorch's
 
 and, where it has its own: conv2d_add; batch_norm and batch_norm_backward; plan_levels ("triton" and "cpu").
 

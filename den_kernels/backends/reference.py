@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from den_kernels import reference
-from den_kernels.block import one_by_one, unmoved
+from den_kernels.block import unmoved
+from den_kernels.chain import one_by_one
 
 NAME = "reference"
 TILE_BOUNDS = ()
+DENSE_IN_CHAIN = False
 
 
 def unavailable() -> str | None:
@@ -91,5 +93,5 @@ def residual_block(
     out.copy_(result)
 
 
-residual_chain = one_by_one(residual_block)
+residual_chain = one_by_one(residual_block, fused_conv2d)
 gather = unmoved

@@ -21,9 +21,11 @@ from den_kernels.backends import batch_norm as plain
 from den_kernels.backends import grouped
 from den_kernels.backends.cpu.native import DTYPES, extension, set_isa, supported_isas, unavailable
 from den_kernels.backends.cpu.weights import TILE_BOUNDS, gather, pack_weight, pack_weights
-from den_kernels.block import BlockArguments, flatten
+from den_kernels.block import BlockArguments
+from den_kernels.chain import flatten, read_spec
 
 __all__ = [
+    "DENSE_IN_CHAIN",
     "NAME",
     "TILE_BOUNDS",
     "batch_norm",
@@ -45,6 +47,7 @@ __all__ = [
 ]
 
 NAME = "cpu"
+DENSE_IN_CHAIN = True
 
 Pair = tuple[int, int]
 
@@ -306,48 +309,49 @@ def residual_block(x: Tensor, out: Tensor, level: Tensor, order: Tensor, count: 
 def residual_chain(
     x: Tensor,
     out: Tensor,
-    level: Tensor,
-    order: Tensor,
-    count: Tensor,
+    level: Tensor | None,
+    order: Tensor | None,
+    count: Tensor | None,
     tensors: Sequence[Tensor],
-    spec: Sequence[int],
+    spec: str,
 ) -> None:
-    """Residual blocks one after the other in one call; the maps between them are scratch memory of the extension.
+    """A chain of layers in one call; the maps between them are scratch memory of the extension.
 
     x, out: float32 or bfloat16; out may be x when there is one block and the shapes agree. level, order: int32 [B, N]
-    (or [N] for one block), contiguous. tensors, spec: the blocks, from `den_kernels.block.flatten`, with weights
-    from `pack_weight`, scales and shifts float32, contiguous. Raises ValueError for a level, an order or widths out
-    of range, or packed weights of another shape.
+    (or [N] for one block), contiguous, of the layers that have more than one level; None where none has. tensors, spec:
+    from `den_kernels.chain.flatten`, with weights from `pack_weight`, scales and shifts float32, contiguous. Raises
+    ValueError for a level, an order or widths out of range, or packed weights of another shape.
     """
     N, C, H, W = x.shape
-    chain = _chain(DTYPES[x.dtype], tuple(t.data_ptr() for t in tensors), tuple(spec))
-    _check_plan(level, order, N, chain.blocks)
+    chain = _chain(DTYPES[x.dtype], tuple(t.data_ptr() for t in tensors), spec)
+    _check_plan(level, order, N, chain.choices)
     if not x.is_contiguous(memory_format=torch.channels_last):
         x = x.contiguous(memory_format=torch.channels_last)
-    channels_last = out.is_contiguous(memory_format=torch.channels_last)
-    out_NHWC = out if channels_last else torch.empty_like(out, memory_format=torch.channels_last)
-    chain.run(
-        x.data_ptr(),
-        out_NHWC.data_ptr(),
-        level.data_ptr(),
-        order.data_ptr(),
-        (N, C, H, W),
-        torch.get_num_threads(),
-    )
-    if not channels_last:
-        out.copy_(out_NHWC)
+    in_layout = out.dim() == 2 or out.is_contiguous(memory_format=torch.channels_last)
+    written = out if in_layout else torch.empty_like(out, memory_format=torch.channels_last)
+    chain.run(x.data_ptr(), written.data_ptr(), _address(level), _address(order), (N, C, H, W), torch.get_num_threads())
+    if not in_layout:
+        out.copy_(written)
 
 
-def _check_plan(level: Tensor, order: Tensor, samples: int, blocks: int = 1) -> None:
+def _check_plan(level: Tensor | None, order: Tensor | None, samples: int, blocks: int = 1) -> None:
     for name, value in (("level", level), ("order", order)):
-        if value.dtype != torch.int32 or value.numel() != blocks * samples or not value.is_contiguous():
+        if blocks == 0:
+            continue
+        if (
+            value is None
+            or value.dtype != torch.int32
+            or value.numel() != blocks * samples
+            or not value.is_contiguous()
+        ):
+            given = "None" if value is None else f"{value.dtype} of shape {tuple(value.shape)}"
             raise ValueError(
-                f"{name} is {value.dtype} of shape {tuple(value.shape)}; it must be contiguous torch.int32 of shape "
-                f"({samples},), one entry a sample, for each of {blocks} blocks: use plan_levels(...)"
+                f"{name} is {given}; it must be contiguous torch.int32 of shape ({samples},), one entry a sample, for "
+                f"each of {blocks} blocks: use plan_levels(...)"
             )
 
 
 @functools.lru_cache(maxsize=256)
-def _chain(dtype: str, addresses: tuple[int, ...], spec: tuple[int, ...]) -> Any:
+def _chain(dtype: str, addresses: tuple[int, ...], spec: str) -> Any:
     """The native form of a chain, which these numbers determine: it holds addresses, no values."""
-    return extension().Chain(dtype, addresses, spec)
+    return extension().Chain(dtype, addresses, read_spec(spec))

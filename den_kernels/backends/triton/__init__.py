@@ -14,10 +14,12 @@ from collections.abc import Sequence
 import torch
 
 from den_kernels.backends import batch_norm as plain_batch_norm
-from den_kernels.block import at_levels, one_by_one, unmoved
+from den_kernels.block import at_levels, unmoved
+from den_kernels.chain import one_by_one
 
 NAME = "triton"
 TILE_BOUNDS = ()
+DENSE_IN_CHAIN = False
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _OLDEST_TRITON = (3, 3)
 _OLDEST_CAPABILITY = (8, 0)
@@ -352,5 +354,5 @@ def residual_block(
         launch.run(one, x.device)
 
 
-residual_chain = one_by_one(residual_block)
+residual_chain = one_by_one(residual_block, fused_conv2d)
 gather = unmoved

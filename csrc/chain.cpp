@@ -1,0 +1,146 @@
+#include "chain.h"
+
+#include <algorithm>
+#include <numeric>
+#include <utility>
+
+#include "dispatch.h"
+#include "schedule.h"
+
+namespace den {
+
+namespace {
+
+constexpr int kHeader = 2;       // integers in front of those of the layers
+constexpr int kLayer = 9;        // integers of a layer, in front of those of its convolutions
+constexpr int kConvolution = 4;  // integers of each convolution
+
+// Elements of a layer's output.
+std::size_t output_size(const ResidualBlock& layer) {
+    int height = layer.height, width = layer.width;
+    for (const BlockConv& conv : layer.convs)
+        height = ceil_div(height, conv.stride), width = ceil_div(width, conv.stride);
+    return std::size_t(layer.samples) * height * width * layer.convs.back().out_channels;
+}
+
+// Whether a layer may overwrite the map that it reads.
+bool works_in_place(const ResidualBlock& layer) {
+    const bool strided = std::any_of(layer.convs.begin(), layer.convs.end(), [](const BlockConv& c) { return c.stride != 1; });
+    return layer.shortcut && !strided && layer.channels == layer.convs.back().out_channels;
+}
+
+template <class T>
+void average(const ResidualBlock& last, const GlobalPool& pool, T* out) {
+    const int channels = last.convs.back().out_channels;
+    const std::size_t image = output_size(last) / last.samples;
+    const T* maps = static_cast<const T*>(last.out);
+#pragma omp parallel for num_threads(last.threads) if (last.threads > 1 && last.samples > 1)
+    for (int n = 0; n < last.samples; ++n)
+        kernels<T>().pool({maps + n * image, int(image / channels), channels, pool.scale, pool.shift,
+                           out + std::ptrdiff_t(n) * channels});
+}
+
+}  // namespace
+
+template <class T>
+void run_layers(std::vector<ResidualBlock>& layers, const GlobalPool* pool, const T* x, T* out) {
+    // Of layers that work in place, the last run writes `out` itself where no pool follows; those before it take turns in
+    // two buffers. x is never written.
+    std::size_t direct = layers.size(), most = 0;
+    if (!pool)
+        for (direct -= 1; direct > 0 && works_in_place(layers[direct]);) --direct;
+    for (std::size_t b = 0; b < direct; ++b) most = std::max(most, round_up(output_size(layers[b]), kMapBlock<T>));
+    T* buffer = direct > 0 ? elements<T>(scratch(Scratch::kMaps, 2 * most / kWord<T>)) : nullptr;
+    int turn = 0;
+    for (std::size_t b = 0; b < layers.size(); ++b) {
+        layers[b].x = b ? layers[b - 1].out : x;
+        if (b >= direct)
+            layers[b].out = out;
+        else
+            layers[b].out = b && works_in_place(layers[b]) ? layers[b - 1].out : buffer + most * (turn++ % 2);
+    }
+    for (const ResidualBlock& layer : layers) residual_block<T>(layer);
+    if (pool) average(layers.back(), *pool, out);
+}
+
+Chain::Chain(const std::string& dtype, const Addresses& addresses, const std::vector<std::int64_t>& spec)
+    : dtype_(dtype), pooled_(spec.at(0)) {
+    const int* widths = at<const int>(addresses.at(0));
+    const float* tables = at<const float>(addresses.at(1));
+    std::size_t weight = 2, s = kHeader;
+    const auto take = [&](std::size_t floats) { return std::exchange(tables, tables + floats); };
+    while (s < spec.size()) {
+        const int convs = int(spec[s]), in_channels = int(spec[s + 1]), hidden = int(spec[s + 2]);
+        const int out_channels = int(spec[s + 3]), levels = int(spec[s + 4]);
+        const bool pre = spec[s + 5], relu = spec[s + 6], projection = spec[s + 7], shortcut = spec[s + 8];
+        const std::int64_t* of = spec.data() + s + kLayer;
+        ResidualBlock layer{};
+        layer.levels = levels;
+        layer.relu = relu;
+        layer.shortcut = shortcut;
+        layer.widths = widths;
+        for (int i = 0; i < convs; ++i) {
+            layer.convs.push_back({at<const void>(addresses.at(weight++)), nullptr, nullptr,
+                                   i + 1 < convs ? hidden : out_channels, int(of[i]), int(of[convs + i]),
+                                   int(of[2 * convs + i]), 0});
+            values_.push_back(of[3 * convs + i]);
+        }
+        for (BlockConv& conv : layer.convs) conv.scale = take(std::size_t(levels) * conv.out_channels);
+        for (BlockConv& conv : layer.convs) conv.shift = take(std::size_t(levels) * conv.out_channels);
+        if (pre) layer.pre_scale = take(in_channels), layer.pre_shift = take(in_channels);
+        if (projection) {
+            layer.projection = {at<const void>(addresses.at(weight++)), nullptr, nullptr, out_channels, 1, 1, 1, 0};
+            layer.projection.scale = take(std::size_t(levels) * out_channels);
+            layer.projection.shift = take(std::size_t(levels) * out_channels);
+        }
+        widths += levels;
+        s += kLayer + kConvolution * convs;
+        layers_.push_back(std::move(layer));
+    }
+    if (layers_.empty()) fail("a chain has no layers; it must have at least one");
+    if (pooled_ && spec[1]) {
+        const int channels = layers_.back().convs.back().out_channels;
+        pool_.scale = take(channels), pool_.shift = take(channels);
+    }
+}
+
+int Chain::choices() const {
+    return int(std::count_if(layers_.begin(), layers_.end(), [](const ResidualBlock& l) { return l.levels > 1; }));
+}
+
+void Chain::run(std::uintptr_t x, std::uintptr_t out, std::uintptr_t level, std::uintptr_t order, const Ints& sizes,
+                int threads) const {
+    if (sizes.size() != 4) fail("sizes must hold 4 integers");
+    const int samples = sizes[0];
+    Ints only_level(samples, 0), any_order(samples);
+    std::iota(any_order.begin(), any_order.end(), 0);
+    std::vector<ResidualBlock> layers = layers_;
+    int channels = sizes[1], height = sizes[2], width = sizes[3];
+    auto values = values_.begin();
+    std::ptrdiff_t row = 0;
+    for (ResidualBlock& layer : layers) {
+        layer.samples = samples, layer.channels = channels, layer.height = height, layer.width = width;
+        layer.level = only_level.data(), layer.order = any_order.data();
+        if (layer.levels > 1) layer.level = at<const int>(level) + row, layer.order = at<const int>(order) + row, row += samples;
+        layer.threads = threads;
+        const int hidden = layer.convs.front().out_channels;
+        for (std::size_t i = 0; i < layer.convs.size(); ++i) {
+            BlockConv& conv = layer.convs[i];
+            conv.winograd = packed_as(dtype_, *values++, int(i), i ? hidden : channels, conv);
+            height = ceil_div(height, conv.stride), width = ceil_div(width, conv.stride);
+            // A hidden channel belongs to a group of each convolution that reads or writes it.
+            if (layer.shortcut) check_levels("widths", layer.widths, layer.levels, hidden, conv.groups, 0);
+        }
+        check_plan(layer);
+        channels = layer.convs.back().out_channels;
+    }
+    with_element(dtype_, [&](auto element) {
+        using T = decltype(element);
+        run_layers(layers, pooled_ ? &pool_ : nullptr, at<const T>(x), at<T>(out));
+    });
+}
+
+template void run_layers(std::vector<ResidualBlock>&, const GlobalPool*, const float*, float*);
+template void run_layers(std::vector<ResidualBlock>&, const GlobalPool*, const bf16*, bf16*);
+
+}  // namespace den

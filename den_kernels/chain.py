@@ -1,0 +1,190 @@
+"""Chains of fused layers in the flat form that an operator can take, and what a backend needs to run one.
+
+L levels, C channels, N samples, H W space.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from den_kernels.block import BlockArguments, output_shape
+from den_kernels.fused_pool import global_pool
+
+
+class ConvArguments(NamedTuple):
+    """What a dense convolution with a norm and perhaps a ReLU computes with: one level, all channels.
+
+    weight: packed by a backend. scale, shift: [1, C].
+    """
+
+    weight: Tensor
+    scale: Tensor
+    shift: Tensor
+    kernel_size: int
+    stride: int
+    groups: int
+    relu: bool
+
+    @property
+    def levels(self) -> int:
+        return 1
+
+    @property
+    def output(self) -> tuple[int, int]:
+        """Channels of the result, and by how much its map is smaller."""
+        return self.scale.shape[1], self.stride
+
+
+Layer = BlockArguments | ConvArguments
+Tables = tuple[Tensor, ...]  # of a pool: its scale and shift [C], or nothing
+
+_HEADER, _LAYER = 2, 9  # integers in front of the layers, and of each in front of its convolutions
+
+
+def flatten(layers: Sequence[Layer], pool: Tables | None = None) -> tuple[list[Tensor], str]:
+    """The layers, and the pool that ends them if any, as a few tensors and a text that tells how to take them apart.
+
+    The text holds integers (as a list they would cost a call more than small layers do): whether there is a pool and
+    whether it has a norm; then of each layer: convolutions k, input, hidden and output channels, levels, whether there
+    is a norm in front, a ReLU behind, a projection, and a shortcut (or the layer is a convolution), then k each of
+    kernel sizes, strides, groups and the numbers of packed weights. The tensors: all widths; all tables, of each layer
+    k scales and k shifts, the norm in front, the scale and shift of the projection, and last those of the pool; then
+    each layer's weights, that of the projection last.
+    """
+    widths: list[Tensor] = []
+    tables: list[Tensor] = []
+    weights: list[Tensor] = []
+    spec = [int(pool is not None), int(bool(pool))]
+    for layer in layers:
+        shortcut = isinstance(layer, BlockArguments)
+        block = layer if isinstance(layer, BlockArguments) else _as_block(layer)
+        widths.append(block.widths)
+        tables += (*block.scale, *block.shift)
+        pre = block.pre_scale is not None and block.pre_shift is not None
+        if block.pre_scale is not None and block.pre_shift is not None:
+            tables += (block.pre_scale, block.pre_shift)
+        tables += block.projection[1:]
+        weights += (*block.weight, *block.projection[:1])
+        levels, hidden = block.scale[0].shape
+        inside = 0 if block.pre_scale is None else block.pre_scale.numel()
+        spec += (len(block.weight), inside, hidden, block.scale[-1].shape[1], levels)
+        spec += (int(part) for part in (pre, block.relu, len(block.projection) > 0, shortcut))
+        spec += (*block.kernel_size, *block.stride, *block.groups, *(w.numel() for w in block.weight))
+    tables += pool or ()
+    return [torch.cat(widths), torch.cat([table.flatten() for table in tables]), *weights], " ".join(map(str, spec))
+
+
+def _as_block(conv: ConvArguments) -> BlockArguments:
+    """A convolution in the form of a block, for flattening."""
+    width = torch.full((1,), conv.scale.shape[1], dtype=torch.int32, device=conv.scale.device)
+    sizes = [conv.kernel_size], [conv.stride], [conv.groups]
+    return BlockArguments(width, [conv.weight], [conv.scale], [conv.shift], None, None, *sizes, [], conv.relu)
+
+
+@functools.lru_cache(maxsize=256)
+def read_spec(spec: str) -> tuple[int, ...]:
+    """The integers of `flatten`'s text."""
+    return tuple(map(int, spec.split()))
+
+
+def unflatten(tensors: Sequence[Tensor], spec: str) -> tuple[list[Layer], Tables | None]:
+    """The layers and the pool that `flatten` took apart: views of its tensors."""
+    all_widths, all_tables, *weights = tensors
+    layers: list[Layer] = []
+    w = width = table = 0
+
+    def take(*shape: int) -> Tensor:
+        nonlocal table
+        start, table = table, table + math.prod(shape)
+        return all_tables[start:table].view(shape)
+
+    for k, inside, hidden, outside, levels, pre, relu, projected, shortcut, *of in _layers(read_spec(spec)):
+        outputs = [hidden] * (k - 1) + [outside]
+        scale, shift = ([take(levels, channels) for channels in outputs] for _ in range(2))
+        norm = [take(inside) if pre else None for _ in range(2)]
+        projection = [weights[w + k], take(levels, outside), take(levels, outside)] if projected else []
+        kernel_size, stride, groups = (of[i * k : (i + 1) * k] for i in range(3))
+        if shortcut:
+            form = (kernel_size, stride, groups, projection, bool(relu))
+            widths = all_widths[width : width + levels]
+            layers.append(BlockArguments(widths, weights[w : w + k], scale, shift, norm[0], norm[1], *form))
+        else:
+            conv = ConvArguments(weights[w], scale[0], shift[0], kernel_size[0], stride[0], groups[0], bool(relu))
+            layers.append(conv)
+        w, width = w + k + projected, width + levels
+    pooled, normed = read_spec(spec)[:_HEADER]
+    channels = layers[-1].output[0]
+    return layers, tuple(take(channels) for _ in range(2 * normed)) if pooled else None
+
+
+def _layers(spec: Sequence[int]) -> Iterator[Sequence[int]]:
+    """The integers of each layer."""
+    s = _HEADER
+    while s < len(spec):
+        end = s + _LAYER + 4 * spec[s]
+        yield spec[s:end]
+        s = end
+
+
+@functools.lru_cache(maxsize=256)
+def _output_shape(shape: tuple[int, ...], spec: str) -> tuple[int, ...]:
+    """[N, C, H, W] of the last layer."""
+    for k, _, _, channels, *rest in _layers(read_spec(spec)):
+        shape = output_shape(shape, channels, rest[_LAYER - 4 + k : _LAYER - 4 + 2 * k])
+    return shape
+
+
+def chain_output(x: Tensor, spec: str) -> Tensor:
+    """An empty tensor for what a chain makes of x [N, C, H, W]: a channels_last map, or with a pool [N, C]."""
+    # What torch.compile traces with may be symbols, which cannot be looked up.
+    known = all(type(size) is int for size in x.shape)
+    shape = (_output_shape if known else _output_shape.__wrapped__)(tuple(x.shape), spec)
+    if read_spec(spec)[0]:
+        return torch.empty(shape[:2], dtype=x.dtype, device=x.device)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def plan_rows(
+    layers: Sequence[Layer], samples: int, level: Tensor | None, order: Tensor | None, count: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Level [N], order [N] and count [L] of each layer: the plan's next row, or for a layer of one level that level."""
+    rows = iter(()) if level is None or order is None or count is None else zip(level, order, count, strict=True)
+
+    @functools.cache
+    def only_level(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        level_N, order_N = torch.zeros(samples, dtype=torch.int32, device=device), torch.arange(samples, device=device)
+        return level_N, order_N.int(), torch.full((1,), samples, dtype=torch.int32, device=device)
+
+    for layer in layers:
+        yield next(rows) if layer.levels > 1 else only_level(layer.scale[0].device)
+
+
+def one_by_one(residual_block: Callable[..., None], fused_conv2d: Callable[..., None]) -> Callable[..., None]:
+    """A backend's `residual_chain`, a chain in one call, from what it runs a layer with."""
+
+    def residual_chain(x: Tensor, out: Tensor, level, order, count, tensors, spec: str) -> None:
+        layers, pool = unflatten(tensors, spec)
+        for i, (plan, layer) in enumerate(zip(plan_rows(layers, x.shape[0], level, order, count), layers, strict=True)):
+            shape = output_shape(x.shape, layer.output[0], (layer.output[1],))
+            in_place = i > 0 and shape == tuple(x.shape) and isinstance(layer, BlockArguments)
+            if i + 1 == len(layers) and pool is None:
+                y = out
+            elif in_place:
+                y = x  # a map of this chain's own
+            else:
+                y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+            if isinstance(layer, BlockArguments):
+                residual_block(x, y, *plan, *layer)
+            else:
+                fused_conv2d(x, y, *plan[:2], None, None, *layer)
+            x = y
+        if pool is not None:
+            global_pool(x, pool, out)
+
+    return residual_chain

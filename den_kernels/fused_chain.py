@@ -1,0 +1,102 @@
+"""Fused layers one after the other in one operator call: no Python between them.
+
+N samples, C channels, H W space.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from den_kernels import ops as _ops  # noqa: F401  (registers torch.ops.den_kernels)
+from den_kernels.backends import resolve
+from den_kernels.block import output_shape
+from den_kernels.chain import ConvArguments, Layer, flatten
+from den_kernels.fused import FusedResidualBlock
+from den_kernels.fused_conv import FusedConv2d
+from den_kernels.fused_pool import FusedPool
+from den_kernels.packed import gather_weights
+from den_kernels.plan import LevelPlan
+
+Flat = tuple[list[Tensor], str]  # from `flatten`
+
+
+def joins_chain(backend: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a network's first, dense convolution is faster as a layer of the backend's chain than PyTorch's own.
+
+    See `backends.resolve` for the arguments and what is raised.
+    """
+    return resolve(backend, device, dtype).DENSE_IN_CHAIN
+
+
+class FusedChain:
+    """Layers one after the other, and perhaps a pool behind them, in one operator call.
+
+    The layers stay the modules that they are; their packed weights are moved next to each other.
+
+    Args:
+        layers: `FusedResidualBlock`, or `FusedConv2d` of one level and all its channels; all of one backend.
+        pool: what comes last; None: the last layer.
+    """
+
+    def __init__(self, layers: Sequence[FusedResidualBlock | FusedConv2d], pool: FusedPool | None = None) -> None:
+        backends = {layer.backend for layer in layers}
+        if len(backends) != 1:
+            raise ValueError(f"layers use the backends {sorted(backends)}; a chain takes layers of one")
+        for i, layer in enumerate(layers):
+            if isinstance(layer, FusedConv2d) and not layer.dense:
+                raise ValueError(f"layers[{i}] is a FusedConv2d with levels; a chain takes one of a single, full level")
+        self.layers, self.pool, self.backend = list(layers), pool, backends.pop()
+        gather_weights(self.layers)
+        # What calls hand to the operator, for as long as no layer changes.
+        self._versions: list[int] = []
+        self._classes: dict[tuple, tuple[int, ...]] = {}  # by shape
+        self._flat: dict[tuple, Flat] = {}
+
+    def __call__(
+        self, x: Tensor, plan: LevelPlan | None = None, set_index: int = 0, entry_stride: int | None = None
+    ) -> Tensor:
+        """The last layer's map, channels_last, or with a pool [N, C].
+
+        x: [N, C, H, W] channels_last, never overwritten. plan: of the layers that have more than one level; None where
+        none has. entry_stride: of the first layer, a convolution, in place of its own; see `FusedConv2d.forward`.
+        """
+        entry = tuple(x.shape), entry_stride
+        if torch.compiler.is_compiling():  # what is kept would be guarded on, and compiled anew once it is there
+            flat = self._flatten(set_index, entry_stride, self._batch_classes(*entry))
+        else:
+            flat = self._kept(set_index, *entry)
+        rows = (None, None, None) if plan is None else plan
+        return torch.ops.den_kernels.residual_chain(x, *rows, *flat, self.backend)
+
+    def _kept(self, set_index: int, shape: tuple[int, ...], entry_stride: int | None) -> Flat:
+        """`_flatten`, kept for as long as no layer changes: it costs more than the call."""
+        versions = [layer.version for layer in self.layers]
+        if versions != self._versions:
+            self._versions, self._classes, self._flat = versions, {}, {}
+        if (shape, entry_stride) not in self._classes:
+            self._classes[shape, entry_stride] = self._batch_classes(shape, entry_stride)
+        key = set_index, entry_stride, self._classes[shape, entry_stride]
+        if key not in self._flat:
+            self._flat[key] = self._flatten(*key)
+        return self._flat[key]
+
+    def _batch_classes(self, shape: tuple[int, ...], entry_stride: int | None) -> tuple[int, ...]:
+        """Which form of its weights each layer takes for an x of this shape."""
+        classes = []
+        for i, layer in enumerate(self.layers):
+            stride = entry_stride if i == 0 and entry_stride else math.prod(layer.strides)
+            classes.append(layer.batch_class(shape, stride))
+            shape = output_shape(shape, layer.out_channels, (stride,))
+        return tuple(classes)
+
+    def _flatten(self, set_index: int, entry_stride: int | None, classes: tuple[int, ...]) -> Flat:
+        arguments: list[Layer] = [
+            layer.arguments(set_index, batch_class) for layer, batch_class in zip(self.layers, classes, strict=True)
+        ]
+        if entry_stride and isinstance(arguments[0], ConvArguments):
+            arguments[0] = arguments[0]._replace(stride=entry_stride)
+        return flatten(arguments, None if self.pool is None else self.pool.tables(set_index))

@@ -1,0 +1,146 @@
+"""Chains with a first convolution and a pool: every backend against the reference, and what must not depend on what."""
+
+import pytest
+import torch
+from cpu_cases import isas
+
+import den_kernels as dk
+from den_kernels.backends import cpu
+
+BACKENDS = [name for name in dk.available_backends() if name not in ("reference", "triton")]
+WIDTHS = (0, 5, 12)
+CHANNELS, SETS = 12, 2
+
+
+def make_chain(backend: str, dtype: torch.dtype, pool: str, seed: int = 0, channels: int = CHANNELS) -> dk.FusedChain:
+    """A strided convolution of 3 channels, two blocks with a choice, one of a single level, and a pool."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def tables(levels: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return 1 + 0.2 * normal(SETS, levels, channels), 0.2 * normal(SETS, levels, channels)
+
+    form = {"winograd": False, "backend": backend}
+    layers: list[dk.FusedConv2d | dk.FusedResidualBlock] = [
+        dk.FusedConv2d(normal(channels, 3, 3, 3).to(dtype) / 5, *tables(1), stride=2, relu=True, **form)
+    ]
+    for widths in (WIDTHS, (channels,), WIDTHS):
+        weights = [normal(channels, channels, 3, 3).to(dtype) / 10 for _ in range(2)]
+        scale, shift = zip(*(tables(len(widths)) for _ in weights), strict=True)
+        layers.append(dk.FusedResidualBlock(weights, scale, shift, widths, strides=[1, 1], relu=True, **form))
+    norm = 1 + 0.2 * normal(SETS, channels), normal(SETS, channels)
+    ends = {"map": None, "mean": dk.FusedPool(), "norm": dk.FusedPool(*norm)}
+    return dk.FusedChain(layers, ends[pool])
+
+
+def images(count: int, dtype: torch.dtype, size: tuple[int, int] = (11, 6)) -> torch.Tensor:
+    return torch.randn(count, 3, *size).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("pool", ["map", "mean", "norm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("entry_stride", [None, 1, 3])
+def test_a_chain_with_ends_equals_the_reference(backend, dtype, pool, entry_stride):
+    x, level = images(5, dtype), torch.randint(len(WIDTHS), (5, 2))
+    before = x.clone()
+    for set_index in range(SETS):
+        y, wanted = (
+            make_chain(name, dtype, pool)(x, dk.plan_levels(level, len(WIDTHS)), set_index, entry_stride)
+            for name in (backend, "reference")
+        )
+        assert y.shape == wanted.shape
+        assert y.dtype == dtype
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(
+            y.float(),
+            wanted.float(),
+            rtol=0,
+            atol=tolerance * wanted.float().abs().max().item(),
+            msg=f"set {set_index}",
+        )
+    assert torch.equal(x, before), "x was overwritten"
+
+
+@pytest.mark.parametrize("channels", [1, 7, 8, 33, 96])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@isas
+def test_the_pool_of_any_channels_is_the_mean(isa, channels, dtype):
+    """The native pool against the module's own PyTorch, behind the same layers."""
+    cpu.set_isa(isa)
+    torch.manual_seed(channels)
+    conv = dk.FusedConv2d(
+        torch.randn(channels, 2, 1, 1).to(dtype), torch.ones(1, 1, channels), torch.zeros(1, 1, channels), backend="cpu"
+    )
+    x = torch.randn(3, 2, 5, 7).to(dtype).contiguous(memory_format=torch.channels_last)
+    for pool in (dk.FusedPool(), dk.FusedPool(torch.rand(1, channels) + 0.5, torch.randn(1, channels))):
+        y = dk.FusedChain([conv], pool)(x)
+        wanted = pool(dk.FusedChain([conv])(x).double())
+        bound = 1e-6 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(y.double(), wanted, rtol=bound, atol=bound, msg=f"norm: {pool.scale is not None}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batch_mates_and_threads_change_no_bit(backend):
+    chain = make_chain(backend, torch.float32, "norm")
+    x, level = images(6, torch.float32), torch.randint(len(WIDTHS), (6, 2))
+    threads = torch.get_num_threads()
+    y = chain(x, dk.plan_levels(level, len(WIDTHS)))
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            if backend == "cpu":
+                assert torch.equal(chain(x, dk.plan_levels(level, len(WIDTHS))), y), f"{count} threads"
+                alone = chain(x[4:5], dk.plan_levels(level[4:5], len(WIDTHS)))
+                assert torch.equal(alone, y[4:5]), f"alone, {count} threads"
+    finally:
+        torch.set_num_threads(threads)
+    others, paths = torch.randn_like(x), torch.randint(len(WIDTHS), level.shape)
+    others[4], paths[4] = x[4], level[4]
+    assert torch.equal(chain(others, dk.plan_levels(paths, len(WIDTHS)))[4], y[4])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_chain_follows_its_layers(backend):
+    """Weights moved or replaced after a call are those that the next call reads."""
+    chain = make_chain(backend, torch.float32, "mean")
+    x, plan = images(2, torch.float32), dk.plan_levels(torch.full((2, 2), 2), len(WIDTHS))
+    before = chain(x, plan)
+    for layer in chain.layers:
+        layer.move_packed({name: torch.zeros_like(tensor) for name, tensor in layer.packed().items()})
+    assert not torch.equal(chain(x, plan), before)
+
+
+def test_what_a_chain_refuses():
+    cpu = [make_chain(name, torch.float32, "map").layers for name in ("grouped", "reference")]
+    with pytest.raises(ValueError, match="a chain takes layers of one"):
+        dk.FusedChain([cpu[0][0], cpu[1][0]])
+    narrow = dk.FusedConv2d(torch.ones(4, 3, 3, 3), torch.ones(1, 2, 4), torch.ones(1, 2, 4), out_widths=(2, 4))
+    with pytest.raises(ValueError, match=r"layers\[1\] is a FusedConv2d with levels"):
+        dk.FusedChain([make_chain(narrow.backend, torch.float32, "map").layers[0], narrow])
+    with pytest.raises(ValueError, match="go together"):
+        dk.FusedPool(torch.ones(1, 4))
+    with pytest.raises(ValueError, match=r"\[sets, channels\]"):
+        dk.FusedPool(torch.ones(4), torch.ones(4))
+
+
+def test_a_plan_of_other_blocks_is_refused():
+    chain = make_chain("cpu", torch.float32, "mean")
+    with pytest.raises(ValueError, match="for each of 2 blocks"):
+        chain(images(2, torch.float32), dk.plan_levels(torch.zeros(2, 3, dtype=torch.long), len(WIDTHS)))
+    with pytest.raises(ValueError, match="level is None"):
+        chain(images(2, torch.float32))
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_opcheck_and_flops(backend):
+    chain = make_chain(backend, torch.float32, "norm")
+    x, plan = images(2, torch.float32), dk.plan_levels(torch.tensor([[0, 2], [1, 2]]), len(WIDTHS))
+    flat = chain._kept(0, tuple(x.shape), None)
+    torch.library.opcheck(torch.ops.den_kernels.residual_chain.default, (x, *plan, *flat, backend))
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        chain(x, plan)
+    pixels, pairs = 6 * 3, CHANNELS * sum(2 * width for width in (0, 5, 12, 12, CHANNELS, CHANNELS))
+    assert counter.get_total_flops() == 2 * 9 * pixels * (2 * 3 * CHANNELS + pairs)
