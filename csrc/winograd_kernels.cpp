@@ -78,34 +78,16 @@ void input(const Pass& pass, const Tile* tiles, int tile0, int tile1) {
             input_tile<2>(pass, tiles[t], pass.v + t * kBlock);
 }
 
-// Asks for the weights that are read kAhead words from now. Of each point a prefix of the words is read: from its end the
-// way leaps to the next point. Large weights come from memory, and without notice too slowly.
-class Ahead {
-public:
-    // point: floats from a point to the next, of which the first `words` rows are read.
-    Ahead(const float* weight, std::ptrdiff_t point, int words)
-        : line_(weight + kAhead / words * point + kAhead % words * kGroup),
-          leap_(point - (std::ptrdiff_t)words * kGroup), words_(words), left_(words - kAhead % words) {}
-
-    void step() {
-        __builtin_prefetch(line_);
-        __builtin_prefetch(line_ + kGroup / 2);
-        line_ += kGroup;
-        if (--left_ == 0) line_ += leap_, left_ = words_;
-    }
-
-private:
-    static constexpr int kAhead = 48;
-    const float* line_;
-    std::ptrdiff_t leap_;
-    int words_, left_;
+// The part of the next point's weights that a product asks for, `step` bytes (at most two lines) with each of its own words.
+// Large weights come from memory: asked for in all products of a point alike, they come while there is work to do.
+struct Ahead {
+    const char* line;
+    int step;
 };
 
-// The product of R tiles by NV vectors of output channels at one point, over `channels` input channels; `point`: see
-// Ahead, 0 where these weights were read just before.
+// The product of R tiles by NV vectors of output channels at one point, over `channels` input channels.
 template <class P, int NV, int R>
-void product(const float* words, std::ptrdiff_t v_block, int channels, const float* weight_words, std::ptrdiff_t point,
-             float* out) {
+void product(const float* words, std::ptrdiff_t v_block, int channels, const float* weight_words, Ahead ahead, float* out) {
     using Words = Product<Vec, P>;
     constexpr int word = den::kWord<P>;
     const P* v = reinterpret_cast<const P*>(words);
@@ -141,12 +123,18 @@ void product(const float* words, std::ptrdiff_t v_block, int channels, const flo
             }
         }
     };
-    if (point && whole) {
-        Ahead ahead(weight_words, point, whole);
-        all_words([&] { ahead.step(); });
-    } else {
-        all_words([] {});
-    }
+    const auto next_line = [&] {
+        __builtin_prefetch(ahead.line, 0, 2);
+        ahead.line += ahead.step;
+    };
+    const auto next_two_lines = [&] {
+        __builtin_prefetch(ahead.line + 64, 0, 2);
+        next_line();
+    };
+    if (ahead.step > 64)
+        all_words(next_two_lines);
+    else
+        all_words(next_line);
     if (channels % word) {
         // The second weight of the last pair belongs to a channel that is not active.
         P row[NV * kLanes * word];
@@ -159,7 +147,7 @@ void product(const float* words, std::ptrdiff_t v_block, int channels, const flo
         for (int n = 0; n < NV; ++n) Vec::store(out + r * kGroup + n * kLanes, acc[r][n]);
 }
 
-using ProductFn = void (*)(const float*, std::ptrdiff_t, int, const float*, std::ptrdiff_t, float*);
+using ProductFn = void (*)(const float*, std::ptrdiff_t, int, const float*, Ahead, float*);
 
 template <class P, int NV>
 struct Products {
@@ -181,17 +169,21 @@ void multiply(const Pass& pass, int first, int count, int channels, int vectors,
     static constexpr Products<P, 2> two;
     const int parts = (count + kMaxTiles - 1) / kMaxTiles, fewer = count / parts, more = count % parts;
     const int points = den::winograd_points(pass.tile);
+    // The products of a point ask for the weights of the next, each for an equal share.
+    const int askers = parts * ((vectors + 1) / 2), words = (channels + den::kWord<P> - 1) / den::kWord<P>;
+    const int row = kGroup * sizeof(float), step = (row + askers - 1) / askers;
     for (int p = 0; p < points; ++p) {
         const float* v = pass.v + p * pass.v_point + first * kBlock;
         const float* w = weight + p * pass.weight_point;
         float* out = products + p * product_point;
+        Ahead ahead{reinterpret_cast<const char*>(w + pass.weight_point), step};
         for (int i = 0; i < parts; ++i) {
             const int rows = fewer + (i < more);
-            int n = 0;
-            const std::ptrdiff_t point = i == 0 ? pass.weight_point : 0;
-            for (; n + 2 <= vectors; n += 2)
-                two.of[rows](v, pass.v_block, channels, w + n * kLanes, point, out + n * kLanes);
-            if (n < vectors) one.of[rows](v, pass.v_block, channels, w + n * kLanes, point, out + n * kLanes);
+            for (int n = 0; n < vectors; n += 2) {
+                const auto* run = n + 2 <= vectors ? two.of : one.of;
+                run[rows](v, pass.v_block, channels, w + n * kLanes, ahead, out + n * kLanes);
+                ahead.line += (std::ptrdiff_t)words * step;
+            }
             v += rows * kBlock;
             out += rows * kGroup;
         }
