@@ -161,32 +161,52 @@ struct Products {
     constexpr Products() : of{} { fill<kMaxTiles>(); }
 };
 
-// M of tiles of equal channels, for `vectors` vectors of one group.
+// Tiles [first, first + count) of a pass, which have equal channels, in a group of output channels.
+struct Run {
+    int first, count;
+    int channels, vectors;  // read, and made of this group
+};
+
+// Products that a run's tiles are cut into at each point: as few as the registers allow, of about equal height.
+inline int parts_of(const Run& run) { return (run.count + kMaxTiles - 1) / kMaxTiles; }
+
+// M of one run at one point. Advances `ahead` over what its products asked for.
 template <class P>
-void multiply(const Pass& pass, int first, int count, int channels, int vectors, const float* weight, float* products,
-              std::ptrdiff_t product_point) {
+void multiply(const Pass& pass, const Run& run, const float* v, const float* weight, float* out, Ahead& ahead) {
     static constexpr Products<P, 1> one;
     static constexpr Products<P, 2> two;
-    const int parts = (count + kMaxTiles - 1) / kMaxTiles, fewer = count / parts, more = count % parts;
-    const int points = den::winograd_points(pass.tile);
-    // The products of a point ask for the weights of the next, each for an equal share.
-    const int askers = parts * ((vectors + 1) / 2), words = (channels + den::kWord<P> - 1) / den::kWord<P>;
-    const int row = kGroup * sizeof(float), step = (row + askers - 1) / askers;
-    for (int p = 0; p < points; ++p) {
-        const float* v = pass.v + p * pass.v_point + first * kBlock;
-        const float* w = weight + p * pass.weight_point;
-        float* out = products + p * product_point;
-        Ahead ahead{reinterpret_cast<const char*>(w + pass.weight_point), step};
-        for (int i = 0; i < parts; ++i) {
-            const int rows = fewer + (i < more);
-            for (int n = 0; n < vectors; n += 2) {
-                const auto* run = n + 2 <= vectors ? two.of : one.of;
-                run[rows](v, pass.v_block, channels, w + n * kLanes, ahead, out + n * kLanes);
-                ahead.line += (std::ptrdiff_t)words * step;
-            }
-            v += rows * kBlock;
-            out += rows * kGroup;
+    const int parts = parts_of(run), fewer = run.count / parts, more = run.count % parts;
+    const std::ptrdiff_t asked = (std::ptrdiff_t)(run.channels / den::kWord<P>) * ahead.step;
+    for (int i = 0; i < parts; ++i) {
+        const int rows = fewer + (i < more);
+        for (int n = 0; n < run.vectors; n += 2) {
+            const auto* product = n + 2 <= run.vectors ? two.of : one.of;
+            product[rows](v, pass.v_block, run.channels, weight + n * kLanes, ahead, out + n * kLanes);
+            ahead.line += asked;
         }
+        v += rows * kBlock;
+        out += rows * kGroup;
+    }
+}
+
+// M of all runs, point by point: what one run read of the weights is in the cache for the next.
+template <class P>
+void multiply_runs(const Pass& pass, const Run* runs, int count, int tile0, const float* weight, float* products,
+                   std::ptrdiff_t product_point) {
+    int most = 0, words = 0;  // words of a point that are read, and all that its products go through
+    for (int r = 0; r < count; ++r) {
+        const int of_run = (runs[r].channels + den::kWord<P> - 1) / den::kWord<P>;
+        most = of_run > most ? of_run : most;
+        words += of_run * parts_of(runs[r]) * ((runs[r].vectors + 1) / 2);
+    }
+    const int row = kGroup * sizeof(float);
+    const int points = den::winograd_points(pass.tile);
+    for (int p = 0; p < points; ++p) {
+        const float* w = weight + p * pass.weight_point;
+        Ahead ahead{reinterpret_cast<const char*>(w + pass.weight_point), (row * most + words - 1) / words};
+        for (int r = 0; r < count; ++r)
+            multiply<P>(pass, runs[r], pass.v + p * pass.v_point + runs[r].first * kBlock, w,
+                        products + p * product_point + (runs[r].first - tile0) * kGroup, ahead);
     }
 }
 
@@ -253,17 +273,23 @@ void output(const Pass& pass, const Tile* tiles, int tile0, int tile1, int group
     const std::ptrdiff_t product_point = den::winograd_pitch((std::ptrdiff_t)kGroup * (tile1 - tile0));
     for (int group = group0; group < group1; ++group) {
         const int first = group * kGroup;
+        const auto multiply_all = pass.tile == 4 ? multiply_runs<Points<4>::Type> : multiply_runs<Points<2>::Type>;
+        constexpr int kRuns = 32;
+        Run runs[kRuns];
+        int count = 0;
         for (int t = tile0; t < tile1;) {
             int end = t + 1;
             const int in = tiles[t].active_in, out = tiles[t].active_out;
             while (end < tile1 && tiles[end].active_in == in && tiles[end].active_out == out) ++end;
             if (out > first) {
                 const int channels = out - first < kGroup ? out - first : kGroup;
-                const auto run = pass.tile == 4 ? multiply<Points<4>::Type> : multiply<Points<2>::Type>;
-                run(pass, t, end - t, in, (channels + kLanes - 1) / kLanes, pass.weight + group * pass.weight_group,
-                    products + (t - tile0) * kGroup, product_point);
+                runs[count++] = {t, end - t, in, (channels + kLanes - 1) / kLanes};
             }
             t = end;
+            if (count && (count == kRuns || t == tile1)) {
+                multiply_all(pass, runs, count, tile0, pass.weight + group * pass.weight_group, products, product_point);
+                count = 0;
+            }
         }
         for (int t = tile0; t < tile1; ++t) {
             if (tiles[t].active_out <= first) continue;
