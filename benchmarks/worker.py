@@ -59,17 +59,19 @@ class Job:
 class Worker:
     """A process with one engine. It ends with `close`, or with its parent.
 
-    clock: of `CLOCKS`. environment: variables to set besides.
+    clock: of `CLOCKS`. environment: variables to set besides. root: the checkout whose code it runs.
     """
 
-    def __init__(self, threads: int, clock: str = "wall", environment: Mapping[str, str] | None = None):
+    def __init__(
+        self, threads: int, clock: str = "wall", environment: Mapping[str, str] | None = None, root: Path = ROOT
+    ):
         kept = {name: value for name, value in os.environ.items() if not name.startswith(SHELL_SETTINGS)}
         # Inductor's own pool of compilers would go on living beside the engines.
         fixed = {"OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         self._connection, child = Pipe()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", str(child.fileno()), str(threads), clock],
-            cwd=ROOT,
+            cwd=root,
             env={**kept, **fixed, **(environment or {})},
             pass_fds=[child.fileno()],
         )

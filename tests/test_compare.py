@@ -1,0 +1,18 @@
+"""The comparison of two builds, on this one twice."""
+
+import pytest
+
+from benchmarks import compare
+
+
+@pytest.mark.slow
+def test_a_build_against_itself(capsys) -> None:
+    compare.main([str(compare.ROOT), "--mixes", "uniform,skip", "--turns", "3", "--calls", "1", "--threads", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["uniform", "skip"]
+    assert all("quartiles" in line for line in lines)
+
+
+def test_the_ratio_is_of_turns_and_its_quartiles_are_told() -> None:
+    before, after = [2.0, 4.0, 6.0, 8.0, 9.0], [1.0, 2.0, 3.0, 2.0, 9.0]
+    assert compare.line("full", before, after) == "full       2.000x (quartiles 1.500 to 3.000), 6e+03 -> 2e+03 ms"
