@@ -11,7 +11,16 @@
 #define DEN_512
 #endif
 #if defined(DEN_512) || defined(DEN_ISA_AVX2)
+// GCC's own header leaves registers undefined on purpose, and GCC 12 warns of that.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 #endif
 
 namespace {
