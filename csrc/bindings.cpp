@@ -1,5 +1,5 @@
 // The Python face of the CPU kernels: addresses and sizes in, nothing out. Shapes, dtypes and strides were checked by the
-// caller (den_kernels/backends/cpu.py); values read from memory (levels, widths, order) are checked here.
+// caller (den_kernels/backends/cpu/); values read from memory (levels, widths, order) are checked here, by checks.h.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -198,7 +198,7 @@ void winograd_pack(const std::string& dtype, int tile, std::uintptr_t weight, st
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
-    m.doc() = "CPU kernels of den_kernels; see den_kernels/backends/cpu.py.";
+    m.doc() = "CPU kernels of den_kernels; see den_kernels/backends/cpu/.";
     m.def("conv2d", &conv2d);
     py::class_<den::Chain>(m, "Chain")
         .def(py::init<const std::string&, const Addresses&, const std::vector<std::int64_t>&>(), py::arg("dtype"),

@@ -1,5 +1,6 @@
-// Checks of what the caller could not see: values read from memory (levels, order, widths), and how weights were packed.
-// Each throws std::invalid_argument with what is wrong and what would be right.
+// Arguments as Python hands them over, addresses and names of types, and checks of what it could not see: values read from
+// memory (levels, order, widths), and how weights were packed. A check throws std::invalid_argument with what is wrong and
+// what would be right.
 #pragma once
 
 #include <cstdint>

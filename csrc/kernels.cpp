@@ -184,7 +184,7 @@ void load(const MapLoad& load, int row0, int row1) {
     }
 }
 
-// Sums of NV vectors of channels over the pixels, in their order; `read` makes a vector of a pixel's channels.
+// The average of NV vectors of channels, summed in the order of the pixels; `read` makes a vector of a pixel's channels.
 template <int NV, class Read>
 inline __attribute__((always_inline)) void average_of(const den::BasicPool<Element>& pool, int c, Read read,
                                                       Vec::Reg (&average)[NV]) {
@@ -201,14 +201,15 @@ inline __attribute__((always_inline)) void average_of(const den::BasicPool<Eleme
     for (int v = 0; v < NV; ++v) average[v] = Vec::fma(sum[v], share, Vec::zero());
 }
 
+// NV vectors of channels from c on.
 template <int NV>
 inline void pool_vectors(const den::BasicPool<Element>& pool, int c) {
     Vec::Reg average[NV];
     const auto plain = [](const Element* x, int v) { return Vec::load(x + v * Vec::lanes); };
-    const float *mul = pool.mul + c, *add = pool.add + c;
-    const auto activated = [=](const Element* x, int v) {
+    const auto activated = [&](const Element* x, int v) {
         const int at = v * Vec::lanes;
-        return Vec::at_least(Vec::zero(), Vec::fma(Vec::load(x + at), Vec::load(mul + at), Vec::load(add + at)));
+        const Vec::Reg mul = Vec::load(pool.mul + c + at), add = Vec::load(pool.add + c + at);
+        return Vec::at_least(Vec::zero(), Vec::fma(Vec::load(x + at), mul, add));
     };
     if (pool.mul)
         average_of<NV>(pool, c, activated, average);

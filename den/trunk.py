@@ -24,20 +24,19 @@ Fused = dk.FusedConv2d | dk.FusedResidualBlock
 class FirstConv(nn.Module):
     """A network's first convolution as PyTorch's own, a norm's scale and shift folded in for each set of statistics.
 
-    weight: [O, C, k, k]. scale, shift: [T, O]. stride: times that of a call. pool: a 3x3 max pool of stride 2 follows.
+    weight: [O, C, k, k]. norm: scale and shift [T, O], a ReLU behind them; None: neither. stride: times that of a call.
+    pool: a 3x3 max pool of stride 2 follows.
     """
 
-    def __init__(
-        self, weight: Tensor, scale: Tensor, shift: Tensor, stride: int, relu: bool, pool: bool, dtype: torch.dtype
-    ):
+    def __init__(self, weight: Tensor, norm: tuple[Tensor, Tensor] | None, stride: int, pool: bool, dtype: torch.dtype):
         super().__init__()
-        self.stride, self.relu, self.pool = stride, relu, pool
-        rows = zip(scale, shift, strict=True)
-        self.convs = [register_conv(self, str(t), *fold(weight, *row), dtype) for t, row in enumerate(rows)]
+        self.stride, self.relu, self.pool = stride, norm is not None, pool
+        folded = [(weight.detach(), None)] if norm is None else [fold(weight, *row) for row in zip(*norm, strict=True)]
+        self.convs = [register_conv(self, str(t), *pair, dtype) for t, pair in enumerate(folded)]
 
     def forward(self, x: Tensor, set_index: int = 0, entry_stride: int = 1) -> Tensor:
         """x [N, C, H, W] -> a new [N, O, H', W']."""
-        weight, bias = self.convs[set_index]
+        weight, bias = self.convs[set_index if self.relu else 0]
         x = F.conv2d(x, weight, bias, entry_stride * self.stride, weight.shape[2] // 2)
         return stem_pool(x.relu_() if self.relu else x, self.pool)
 
@@ -55,10 +54,10 @@ def first_conv(
 
     norm: scale and shift [T, O] of the norm behind it, and a ReLU behind that; None: neither, for num_sets sets.
     """
+    if pool or not dk.joins_chain(options.backend, weight.device, options.dtype):
+        return FirstConv(weight, norm, stride, pool, options.dtype)
     plain = torch.ones, torch.zeros
     scale, shift = norm or (fill((num_sets, weight.shape[0]), device=weight.device) for fill in plain)
-    if pool or not dk.joins_chain(options.backend, weight.device, options.dtype):
-        return FirstConv(weight, scale, shift, stride, norm is not None, pool, options.dtype)
     return dk.FusedConv2d(
         weight.detach().to(options.dtype),
         scale[:, None],
@@ -118,4 +117,4 @@ def _rows_of(plan: dk.LevelPlan | None, rows: list[int]) -> dk.LevelPlan | None:
         return None
     if rows[-1] - rows[0] + 1 == len(rows):
         return dk.LevelPlan(*(part[rows[0] : rows[-1] + 1] for part in plan))
-    return dk.LevelPlan(*(part[rows] for part in plan))
+    return dk.LevelPlan(*(torch.stack([part[row] for row in rows]) for part in plan))

@@ -365,10 +365,10 @@ def _residual_block_flop(x, level, order, count, *rest, **_) -> int:
 
 
 @register_flop_formula(torch.ops.den_kernels.residual_chain, get_raw=True)
-def _residual_chain_flop(x, level, order, count, tensors, spec, backend, **kwargs) -> int:
+def _residual_chain_flop(x, level, order, count, tensors, spec, backend, **_) -> int:
     total, shape = 0, x.shape
-    layers, _pool = unflatten(tensors, spec)
-    for (level_N, _, _), layer in zip(plan_rows(layers, x.shape[0], level, order, count), layers, strict=True):
+    layers = unflatten(tensors, spec)[0]
+    for (level_N, *_plan), layer in zip(plan_rows(layers, x.shape[0], level, order, count), layers, strict=True):
         channels, stride = layer.output
         if isinstance(layer, BlockArguments):
             total += _block_flop(shape, level_N, layer)

@@ -114,9 +114,9 @@ def test_a_chain_follows_its_layers(backend):
 
 
 def test_what_a_chain_refuses():
-    cpu = [make_chain(name, torch.float32, "map").layers for name in ("grouped", "reference")]
+    first, second = (make_chain(name, torch.float32, "map").layers[0] for name in ("grouped", "reference"))
     with pytest.raises(ValueError, match="a chain takes layers of one"):
-        dk.FusedChain([cpu[0][0], cpu[1][0]])
+        dk.FusedChain([first, second])
     narrow = dk.FusedConv2d(torch.ones(4, 3, 3, 3), torch.ones(1, 2, 4), torch.ones(1, 2, 4), out_widths=(2, 4))
     with pytest.raises(ValueError, match=r"layers\[1\] is a FusedConv2d with levels"):
         dk.FusedChain([make_chain(narrow.backend, torch.float32, "map").layers[0], narrow])
@@ -124,6 +124,17 @@ def test_what_a_chain_refuses():
         dk.FusedPool(torch.ones(1, 4))
     with pytest.raises(ValueError, match=r"\[sets, channels\]"):
         dk.FusedPool(torch.ones(4), torch.ones(4))
+
+
+def test_a_level_of_a_block_of_one_level_is_0():
+    block = make_chain("cpu", torch.float32, "map").layers[2]
+    x = torch.randn(2, CHANNELS, 5, 5).contiguous(memory_format=torch.channels_last)
+    level, order, count = dk.plan_levels(torch.zeros(2, 1, dtype=torch.long), 1).block(0)
+    block(x, level, order, count)
+    with pytest.raises(ValueError, match=r"level is \[0, 3\]; the block has one level"):
+        block(x, torch.tensor([0, 3], dtype=torch.int32), order, count)
+    with pytest.raises(ValueError, match="one entry a sample"):
+        block(x, level[:1], order, count)
 
 
 def test_a_plan_of_other_blocks_is_refused():

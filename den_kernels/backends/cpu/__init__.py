@@ -3,7 +3,7 @@
 The elastic convolution and batch norm, forward and backward, and fused residual blocks for inference; bfloat16 is
 summed in float32. Each sample runs its own width: nothing is gathered or sorted, and no primitive is built for a shape.
 The extension links no torch: tensors go in as addresses, so everything about them is checked before the call (shapes
-and dtypes in `functional.py`, values in `bindings.cpp`).
+and dtypes in `functional.py`, values in `csrc/checks.cpp`).
 
 Symbols: N samples, C channels, H W space, L levels.
 """
@@ -303,7 +303,11 @@ def residual_block(x: Tensor, out: Tensor, level: Tensor, order: Tensor, count: 
 
     level, order [N]: int32, contiguous. For the rest see `residual_chain`.
     """
-    residual_chain(x, out, level, order, count, *flatten([BlockArguments(*block)]))
+    arguments = BlockArguments(*block)
+    _check_plan(level, order, x.shape[0])
+    if arguments.levels == 1 and level.any():
+        raise ValueError(f"level is {level.tolist()}; the block has one level, which is 0")
+    residual_chain(x, out, level, order, count, *flatten([arguments]))
 
 
 def residual_chain(
@@ -335,9 +339,9 @@ def residual_chain(
 
 
 def _check_plan(level: Tensor | None, order: Tensor | None, samples: int, blocks: int = 1) -> None:
+    if blocks == 0:
+        return
     for name, value in (("level", level), ("order", order)):
-        if blocks == 0:
-            continue
         if (
             value is None
             or value.dtype != torch.int32
