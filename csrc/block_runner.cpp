@@ -1,26 +1,29 @@
 #include "block_runner.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace den {
 
 namespace {
 
-constexpr int kFewestShare = 8;  // tiles of a thread, when a sample is shared
+constexpr int kFewestTiles = 6;  // that share a group of output channels
 
-// Whether threads share V and take output channels each, because tiles of their own would be too few.
-bool share_v(int tiles, int threads) { return tiles < kFewestShare * threads; }
-
-// Where to cut a list of tiles for pieces of about equal cost: pieces + 1 places.
-template <class T>
-std::vector<int> even_cuts(const std::vector<WinogradTile<T>>& tiles, int pieces) {
+// Where to cut a list of things of these costs for pieces of about equal cost: pieces + 1 places.
+std::vector<int> even_cuts(const std::vector<double>& cost, int pieces) {
     std::vector<double> before(1, 0.0);
-    for (const WinogradTile<T>& tile : tiles)
-        before.push_back(before.back() + double(tile.active_in) * tile.active_out + 4.0 * (tile.active_in + tile.active_out));
+    for (double c : cost) before.push_back(before.back() + c);
     std::vector<int> cuts;
     for (int p = 0; p <= pieces; ++p)
         cuts.push_back(int(std::lower_bound(before.begin(), before.end() - 1, before.back() * p / pieces * (1 - 1e-9)) - before.begin()));
     return cuts;
+}
+
+// Of a tile's outputs in groups [group, ...) of output channels: products, and transforms as four more channels each way.
+template <class T>
+double cost_of(const WinogradTile<T>& tile, int first, int last) {
+    const double outs = std::max(0, std::min(tile.active_out, last) - first);
+    return outs > 0 ? tile.active_in * outs + 4.0 * (tile.active_in + outs) : 0;
 }
 
 // Whether any of these numbers of channels ends inside a word.
@@ -256,7 +259,7 @@ WinogradPass<T> BlockRunner<T>::winograd_pass(int i, int group, float* v, int ti
 
 template <class T>
 void BlockRunner<T>::winograd_chunk(int i, int group, const WinogradTile<T>* tiles, int count, float* bench) const {
-    tiling(i).convolve(winograd_pass(i, group, bench, count), tiles, count);
+    tiling(i).convolve(winograd_pass(i, group, bench, count), tiles, count, 0, tiling(i).groups());
 }
 
 template <class T>
@@ -287,52 +290,50 @@ void BlockRunner<T>::run_team(float* workspaces, const int* samples, int count, 
 }
 
 template <class T>
-std::size_t BlockRunner<T>::shared_v_floats(int samples, int threads) const {
-    std::size_t most = 0;
-    for (int i = 0; i < convs(); ++i)
-        if (is_winograd(i) && share_v(samples * tiling(i).tiles(), threads))
-            most = std::max(most, winograd_v_floats(block_.convs[i].winograd, tiling(i).words(), samples * tiling(i).tiles()));
-    return most;
-}
-
-template <class T>
-void BlockRunner<T>::shared_winograd(int i, float* workspaces, const std::vector<int>& samples, float* shared_v,
-                                  float* bench, int threads) const {
-    // Decided for all samples: fewer may run the later groups.
-    float* v = share_v(int(samples.size()) * tiling(i).tiles(), threads) ? shared_v : nullptr;
-    for (int group = 0; group < block_.convs[i].groups; ++group)
-        shared_group(i, group, tiles(i, group, workspaces, samples.data(), int(samples.size())), v, bench, threads);
-}
-
-template <class T>
-void BlockRunner<T>::shared_group(int i, int group, const std::vector<WinogradTile<T>>& all, float* shared_v,
-                                  float* bench, int threads) const {
-    const int total = int(all.size()), chunk = tiling(i).chunk();
-    if (total == 0) return;
-    if (!shared_v) {
-        const std::vector<int> cuts = even_cuts(all, round_up(ceil_div(total, chunk), threads));
-        // Static: a thread meets the rows that it wrote.
-#pragma omp for schedule(static)
-        for (int c = 0; c < int(cuts.size()) - 1; ++c)
-            for (int first = cuts[c]; first < cuts[c + 1]; first += chunk)
-                winograd_chunk(i, group, all.data() + first, std::min(chunk, cuts[c + 1] - first), bench);
-        return;
+void BlockRunner<T>::shared_winograd(int i, float* workspaces, const std::vector<int>& samples, float* bench,
+                                     int threads) const {
+    for (int group = 0; group < block_.convs[i].groups; ++group) {
+        const std::vector<WinogradTile<T>> all = tiles(i, group, workspaces, samples.data(), int(samples.size()));
+        if (all.empty()) continue;
+        // Static: a thread meets the rows, or the channels, that it wrote.
+#pragma omp for schedule(static) nowait
+        for (int piece = 0; piece < threads; ++piece) shared_piece(i, group, all, piece, threads, bench);
     }
-    const WinogradPass<T> pass = winograd_pass(i, group, shared_v, total);
-    const int pieces = std::min(total, 4 * threads);
-#pragma omp for schedule(dynamic, 1)
-    for (int p = 0; p < pieces; ++p)
-        kernels_.winograd->input(pass, all.data(), total * p / pieces, total * (p + 1) / pieces);
+#pragma omp barrier
+}
+
+template <class T>
+void BlockRunner<T>::shared_piece(int i, int group, const std::vector<WinogradTile<T>>& all, int piece, int pieces,
+                                  float* bench) const {
+    const int total = int(all.size());
     int widest = 0;
     for (const WinogradTile<T>& tile : all) widest = std::max(widest, tile.active_out);
-    // Few groups of output channels: each is cut by tiles too.
-    const int groups = winograd_groups(widest);
-    const int parts = std::max(ceil_div(total, chunk), std::min(ceil_div(2 * threads, groups), ceil_div(total, 6)));
-#pragma omp for schedule(dynamic, 1)
-    for (int item = 0; item < groups * parts; ++item) {
-        const int first = item / parts, part = item % parts;
-        kernels_.winograd->output(pass, all.data(), total * part / parts, total * (part + 1) / parts, first, first + 1,
-                                  bench);
+    // What every thread reads is to be the smaller of weights and transformed tiles. Weights: pieces have tiles of their own.
+    // Tiles: groups of output channels of their own, and of a group that two share, tiles.
+    const bool by_tiles = total >= widest;
+    const int groups = by_tiles ? 1 : winograd_groups(widest);
+    const int parts = by_tiles ? pieces : std::min(pieces / std::gcd(groups, pieces), ceil_div(total, kFewestTiles));
+    std::vector<double> cost;
+    for (const WinogradTile<T>& tile : all) cost.push_back(cost_of(tile, 0, widest));
+    const std::vector<int> part_cuts = even_cuts(cost, parts);
+    std::vector<double> unit_cost(std::size_t(groups) * parts, 0.0);  // [group][part]
+    const int width = by_tiles ? widest : kWinogradGroup;
+    for (int g = 0; g < groups; ++g)
+        for (int r = 0; r < parts; ++r)
+            for (int t = part_cuts[r]; t < part_cuts[r + 1]; ++t)
+                unit_cost[g * parts + r] += cost_of(all[t], g * width, (g + 1) * width);
+    const std::vector<int> cuts = even_cuts(unit_cost, pieces);
+    const int chunk = tiling(i).chunk();
+    for (int r = 0; r < parts; ++r) {
+        // Groups of this part among units [cuts[piece], cuts[piece + 1]).
+        int group0 = std::max(0, ceil_div(cuts[piece] - r + parts, parts) - 1);
+        int group1 = std::max(0, ceil_div(cuts[piece + 1] - r + parts, parts) - 1);
+        if (group0 >= group1) continue;
+        if (by_tiles) group0 = 0, group1 = winograd_groups(widest);
+        for (int first = part_cuts[r]; first < part_cuts[r + 1]; first += chunk) {
+            const int count = std::min(chunk, part_cuts[r + 1] - first);
+            tiling(i).convolve(winograd_pass(i, group, bench, count), all.data() + first, count, group0, group1);
+        }
     }
 }
 

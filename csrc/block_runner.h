@@ -47,10 +47,7 @@ public:
     Cut cut(int i, int n, int parts) const { return Cut(maps_[i].conv(), active_out(i, n), parts); }
     void conv(float* workspace, int i, int n, int unit0, int unit1, int row0, int row1) const;
     // Winograd convolution i of shared samples in workspaces that follow each other, called by every thread of a team.
-    // `shared_v` holds shared_v_floats(samples, threads) that all threads write.
-    std::size_t shared_v_floats(int samples, int threads) const;
-    void shared_winograd(int i, float* workspaces, const std::vector<int>& samples, float* shared_v, float* bench,
-                         int threads) const;
+    void shared_winograd(int i, float* workspaces, const std::vector<int>& samples, float* bench, int threads) const;
 
 private:
     // Where the map that convolution i reads lies in a workspace.
@@ -86,9 +83,8 @@ private:
     std::vector<WinogradTile<T>> tiles(int i, int group, float* workspaces, const int* samples, int count) const;
     WinogradPass<T> winograd_pass(int i, int group, float* v, int tiles) const;
     void winograd_chunk(int i, int group, const WinogradTile<T>* tiles, int count, float* bench) const;
-    // shared_v: null where each thread has tiles of its own.
-    void shared_group(int i, int group, const std::vector<WinogradTile<T>>& all, float* shared_v, float* bench,
-                      int threads) const;
+    // One of `pieces` that these tiles' outputs are cut into.
+    void shared_piece(int i, int group, const std::vector<WinogradTile<T>>& all, int piece, int pieces, float* bench) const;
 
     const ResidualBlock& block_;
     const BasicKernels<T>& kernels_;

@@ -46,9 +46,8 @@ void residual_block(const ResidualBlock& block) {
     const int idle_parts = ceil_div(threads, std::max(1, idles));  // of each sample that is its shortcut
 
     const std::size_t floats = run.workspace_floats(), own = (whole ? team * floats : 0) + run.bench_floats();
-    float* memory = scratch(Scratch::kWork, threads * own + shares * floats + run.shared_v_floats(shares, threads));
+    float* memory = scratch(Scratch::kWork, threads * own + shares * floats);
     float* shared_memory = memory + threads * own;
-    float* shared_v = shared_memory + shares * floats;
     std::vector<Cut> cuts;  // [conv][shared sample]
     for (int i = 0; i < run.convs(); ++i)
         for (int n : shared) cuts.push_back(run.cut(i, n, parts));
@@ -78,7 +77,7 @@ void residual_block(const ResidualBlock& block) {
                 run.prepare_part(shared_memory + i % shares * floats, shared[i % shares], i / shares, parts, bench);
             for (int c = 0; c < run.convs(); ++c) {
                 if (run.is_winograd(c)) {
-                    run.shared_winograd(c, shared_memory, shared, shared_v, bench, threads);
+                    run.shared_winograd(c, shared_memory, shared, bench, threads);
                     continue;
                 }
 #pragma omp for schedule(static)

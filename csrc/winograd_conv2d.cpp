@@ -48,7 +48,7 @@ public:
         const int total = int(tiles.size()), chunks = ceil_div(total, tiling_.chunk());
         for (int c = 0; c < chunks; ++c) {
             const int first = total * c / chunks, some = total * (c + 1) / chunks - first;
-            tiling_.convolve(pass_of(weight, bench, some), tiles.data() + first, some);
+            tiling_.convolve(pass_of(weight, bench, some), tiles.data() + first, some, 0, tiling_.groups());
         }
     }
 

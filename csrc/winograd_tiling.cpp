@@ -68,10 +68,11 @@ WinogradPass<T> WinogradTiling<T>::pass(const BasicBlockedMap<T>& map, const flo
 }
 
 template <class T>
-void WinogradTiling<T>::convolve(const WinogradPass<T>& pass, const WinogradTile<T>* tiles, int count) const {
+void WinogradTiling<T>::convolve(const WinogradPass<T>& pass, const WinogradTile<T>* tiles, int count, int group0,
+                                 int group1) const {
     const WinogradKernels<T>& winograd = *kernels<T>().winograd;
     winograd.input(pass, tiles, 0, count);
-    winograd.output(pass, tiles, 0, count, 0, winograd_groups(conv_.group_out()),
+    winograd.output(pass, tiles, 0, count, group0, group1,
                     pass.v + winograd_v_floats(tile_, words(), count));
 }
 

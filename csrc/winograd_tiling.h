@@ -31,8 +31,10 @@ public:
     void append(WinogradTile<T> sample, std::vector<WinogradTile<T>>& tiles) const;
     // The pass over `tiles` tiles of such maps; where their output lies and its ReLU are still to be set.
     WinogradPass<T> pass(const BasicBlockedMap<T>& map, const float* weight, float* v, int tiles) const;
-    // All output channels of the tiles of a pass, at most a chunk; behind its V there is room for the products.
-    void convolve(const WinogradPass<T>& pass, const WinogradTile<T>* tiles, int count) const;
+    // Groups [group0, group1) of output channels of the tiles of a pass, at most a chunk; behind its V there is room for the
+    // products.
+    void convolve(const WinogradPass<T>& pass, const WinogradTile<T>* tiles, int count, int group0, int group1) const;
+    int groups() const { return winograd_groups(conv_.group_out()); }
 
 private:
     int tile_;
