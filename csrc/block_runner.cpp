@@ -95,6 +95,15 @@ void BlockRunner<T>::zero_borders(float* workspace) const {
 }
 
 template <class T>
+void BlockRunner<T>::zero_part(float* workspace, int n, int part, int parts) const {
+    for (int i = reads_x(); i < convs(); ++i) {
+        const int blocks = ceil_div(active_in(i, n), kMapBlock<T>);
+        const int first = blocks * part / parts, last = blocks * (part + 1) / parts;
+        maps_[i].zero_border(map(workspace, i) + first * maps_[i].block_pitch(), (last - first) * kMapBlock<T>);
+    }
+}
+
+template <class T>
 void BlockRunner<T>::load_scales(float* workspace, int n) const {
     for (int i = 0; i < convs(); ++i) {
         const BlockConv& conv = block_.convs[i];
@@ -161,10 +170,8 @@ void BlockRunner<T>::project(int n, int row0, int row1, float* bench) const {
 
 template <class T>
 void BlockRunner<T>::prepare_part(float* workspace, int n, int part, int parts, float* bench) const {
-    if (part == 0) {
-        zero_borders(workspace);
-        load_scales(workspace, n);
-    }
+    zero_part(workspace, n, part, parts);
+    if (part == 0) load_scales(workspace, n);
     if (!reads_x())
         load_rows(maps_[0], map(workspace, 0), n, block_.height * part / parts, block_.height * (part + 1) / parts, true);
     prepare_output(n, out_height_ * part / parts, out_height_ * (part + 1) / parts, bench);

@@ -19,7 +19,11 @@ namespace den {
 template <class T>
 class BlockRunner {
 public:
+    // What depends on shapes alone is worked out here; the block's batch (its samples with their levels and order, x and
+    // out) may be another one whenever nothing runs, as long as x is out or not as before. The block outlives the runner.
     explicit BlockRunner(const ResidualBlock& block);
+
+    const ResidualBlock& block() const { return block_; }
 
     std::size_t workspace_floats() const { return workspace_floats_; }
     std::size_t bench_floats() const { return bench_floats_; }
@@ -75,6 +79,8 @@ private:
 
     // Output rows as the last convolution is to find them.
     void prepare_output(int n, int row0, int row1, float* bench) const;
+    // Zeros around part `part` of `parts` of the channels that sample n fills.
+    void zero_part(float* workspace, int n, int part, int parts) const;
     void load_scales(float* workspace, int n) const;
     // Rows of sample n into a map, through the norm in front if `norm`.
     void load_rows(const BasicBlockedMap<T>& map, T* to, int n, int row0, int row1, bool norm) const;

@@ -4,6 +4,7 @@
 #include <numeric>
 #include <utility>
 
+#include "block_job.h"
 #include "dispatch.h"
 #include "schedule.h"
 
@@ -29,25 +30,12 @@ bool works_in_place(const ResidualBlock& layer) {
     return layer.shortcut && !strided && layer.channels == layer.convs.back().out_channels;
 }
 
+// Where each layer reads and writes. Of layers that work in place, the last run writes `out` itself where no pool follows;
+// those before it take turns in two buffers. x is never written, unless it is `out`.
 template <class T>
-void average(const ResidualBlock& last, const GlobalPool& pool, T* out) {
-    const int channels = last.convs.back().out_channels;
-    const std::size_t image = output_size(last) / last.samples;
-    const T* maps = static_cast<const T*>(last.out);
-#pragma omp parallel for num_threads(last.threads) if (last.threads > 1 && last.samples > 1)
-    for (int n = 0; n < last.samples; ++n)
-        kernels<T>().pool({maps + n * image, int(image / channels), channels, pool.scale, pool.shift,
-                           out + std::ptrdiff_t(n) * channels});
-}
-
-}  // namespace
-
-template <class T>
-void run_layers(std::vector<ResidualBlock>& layers, const GlobalPool* pool, const T* x, T* out) {
-    // Of layers that work in place, the last run writes `out` itself where no pool follows; those before it take turns in
-    // two buffers. x is never written.
+void set_places(std::vector<ResidualBlock>& layers, bool pooled, const T* x, T* out) {
     std::size_t direct = layers.size(), most = 0;
-    if (!pool)
+    if (!pooled)
         for (direct -= 1; direct > 0 && works_in_place(layers[direct]);) --direct;
     for (std::size_t b = 0; b < direct; ++b) most = std::max(most, round_up(output_size(layers[b]), kMapBlock<T>));
     T* buffer = direct > 0 ? elements<T>(scratch(Scratch::kMaps, 2 * most / kWord<T>)) : nullptr;
@@ -59,8 +47,26 @@ void run_layers(std::vector<ResidualBlock>& layers, const GlobalPool* pool, cons
         else
             layers[b].out = b && works_in_place(layers[b]) ? layers[b - 1].out : buffer + most * (turn++ % 2);
     }
-    for (const ResidualBlock& layer : layers) residual_block<T>(layer);
-    if (pool) average(layers.back(), *pool, out);
+}
+
+// The calling thread's part of the pool behind the last layer.
+template <class T>
+void average(const ResidualBlock& last, const GlobalPool& pool, T* out) {
+    const int channels = last.convs.back().out_channels;
+    const std::size_t image = output_size(last) / last.samples;
+    const T* maps = static_cast<const T*>(last.out);
+#pragma omp for schedule(static)
+    for (int n = 0; n < last.samples; ++n)
+        kernels<T>().pool({maps + n * image, int(image / channels), channels, pool.scale, pool.shift,
+                           out + std::ptrdiff_t(n) * channels});
+}
+
+}  // namespace
+
+template <class T>
+bool SizedLayers<T>::made_for(const SizedLayers& other) const {
+    return kernels == other.kernels && channels == other.channels && height == other.height && width == other.width &&
+           x_is_out == other.x_is_out;
 }
 
 Chain::Chain(const std::string& dtype, const Addresses& addresses, const std::vector<std::int64_t>& spec)
@@ -108,39 +114,91 @@ int Chain::choices() const {
     return int(std::count_if(layers_.begin(), layers_.end(), [](const ResidualBlock& l) { return l.levels > 1; }));
 }
 
-void Chain::run(std::uintptr_t x, std::uintptr_t out, std::uintptr_t level, std::uintptr_t order, const Ints& sizes,
-                int threads) const {
-    if (sizes.size() != 4) fail("sizes must hold 4 integers");
-    const int samples = sizes[0];
-    Ints only_level(samples, 0), any_order(samples);
-    std::iota(any_order.begin(), any_order.end(), 0);
+template <class T>
+std::unique_ptr<SizedLayers<T>> Chain::take(const SizedLayers<T>& wanted) const {
+    IdleLayers<T>& idle = std::get<IdleLayers<T>>(idle_);
+    const std::lock_guard<std::mutex> lock(idle.mutex);
+    const auto found = std::find_if(idle.sized.begin(), idle.sized.end(), [&](const auto& s) { return s->made_for(wanted); });
+    if (found == idle.sized.end()) return nullptr;
+    std::unique_ptr<SizedLayers<T>> sized = std::move(*found);
+    idle.sized.erase(found);
+    return sized;
+}
+
+template <class T>
+void Chain::give_back(std::unique_ptr<SizedLayers<T>> sized) const {
+    constexpr std::size_t kMost = 8;  // a chain meets few sizes, and few calls at a time
+    IdleLayers<T>& idle = std::get<IdleLayers<T>>(idle_);
+    const std::lock_guard<std::mutex> lock(idle.mutex);
+    if (idle.sized.size() == kMost) idle.sized.erase(idle.sized.begin());
+    idle.sized.push_back(std::move(sized));
+}
+
+std::vector<ResidualBlock> Chain::layers_for(int channels, int height, int width) const {
     std::vector<ResidualBlock> layers = layers_;
-    int channels = sizes[1], height = sizes[2], width = sizes[3];
     auto values = values_.begin();
-    std::ptrdiff_t row = 0;
     for (ResidualBlock& layer : layers) {
-        layer.samples = samples, layer.channels = channels, layer.height = height, layer.width = width;
-        layer.level = only_level.data(), layer.order = any_order.data();
-        if (layer.levels > 1) layer.level = at<const int>(level) + row, layer.order = at<const int>(order) + row, row += samples;
-        layer.threads = threads;
+        layer.channels = channels, layer.height = height, layer.width = width;
         const int hidden = layer.convs.front().out_channels;
         for (std::size_t i = 0; i < layer.convs.size(); ++i) {
             BlockConv& conv = layer.convs[i];
             conv.winograd = packed_as(dtype_, *values++, int(i), i ? hidden : channels, conv);
             height = ceil_div(height, conv.stride), width = ceil_div(width, conv.stride);
-            // A hidden channel belongs to a group of each convolution that reads or writes it.
-            if (layer.shortcut) check_levels("widths", layer.widths, layer.levels, hidden, conv.groups, 0);
         }
-        check_plan(layer);
         channels = layer.convs.back().out_channels;
     }
-    with_element(dtype_, [&](auto element) {
-        using T = decltype(element);
-        run_layers(layers, pooled_ ? &pool_ : nullptr, at<const T>(x), at<T>(out));
-    });
+    return layers;
 }
 
-template void run_layers(std::vector<ResidualBlock>&, const GlobalPool*, const float*, float*);
-template void run_layers(std::vector<ResidualBlock>&, const GlobalPool*, const bf16*, bf16*);
+template <class T>
+void Chain::run_as(const T* x, T* out, const int* level, const int* order, const Ints& sizes, int threads) const {
+    const int samples = sizes[0];
+    const SizedLayers<T> wanted{&kernels<T>(), sizes[1], sizes[2], sizes[3], x == out, {}, {}};
+    std::unique_ptr<SizedLayers<T>> sized = take(wanted);
+    const bool fresh = !sized;
+    if (fresh) {
+        sized = std::make_unique<SizedLayers<T>>(wanted);
+        sized->layers = layers_for(sizes[1], sizes[2], sizes[3]);
+    }
+    std::vector<ResidualBlock>& layers = sized->layers;
+    Ints only_level(samples, 0), any_order(samples);
+    std::iota(any_order.begin(), any_order.end(), 0);
+    for (ResidualBlock& layer : layers) {
+        const bool choice = layer.levels > 1;
+        layer.samples = samples, layer.threads = threads;
+        layer.level = choice ? level : only_level.data(), layer.order = choice ? order : any_order.data();
+        if (choice) level += samples, order += samples;
+        check_plan(layer);
+        // A hidden channel belongs to a group of each convolution that reads or writes it.
+        if (layer.shortcut)
+            for (const BlockConv& conv : layer.convs)
+                check_levels("widths", layer.widths, layer.levels, layer.convs.front().out_channels, conv.groups, 0);
+    }
+    set_places(layers, pooled_, x, out);
+    if (fresh) {
+        sized->runners.reserve(layers.size());
+        for (const ResidualBlock& layer : layers) sized->runners.emplace_back(layer);
+    }
+    std::vector<BlockJob<T>> jobs;
+    jobs.reserve(layers.size());
+    for (const BlockRunner<T>& runner : sized->runners)
+        if (BlockJob<T> job(runner); !job.empty()) jobs.push_back(std::move(job));
+    float* memory = scratch_of(jobs);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        for (const BlockJob<T>& job : jobs) job.work(memory);
+        if (pooled_) average(layers.back(), pool_, out);
+    }
+    give_back(std::move(sized));
+}
+
+void Chain::run(std::uintptr_t x, std::uintptr_t out, std::uintptr_t level, std::uintptr_t order, const Ints& sizes,
+                int threads) const {
+    if (sizes.size() != 4) fail("sizes must hold 4 integers");
+    with_element(dtype_, [&](auto element) {
+        using T = decltype(element);
+        run_as(at<const T>(x), at<T>(out), at<const int>(level), at<const int>(order), sizes, std::max(1, threads));
+    });
+}
 
 }  // namespace den
