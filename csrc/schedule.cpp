@@ -80,9 +80,15 @@ int count_whole(const std::vector<double>& cost, int threads) {
 
 Cut::Cut(const ConvShape& conv, int active_out, int parts)
     : units(conv.units(active_out)), rows(conv.out_height()) {
-    // By rows, if there are enough: each thread then goes on with the rows that it wrote.
-    by_rows = std::min(parts, std::max(1, rows / 2));
-    by_units = std::min(ceil_div(parts, by_rows), units);
+    if (conv.out_width() * rows < active_out) {
+        // Weights are the larger part of what is read: every thread reads some of them, and the whole map.
+        by_units = std::min(parts, units);
+        by_rows = std::min(ceil_div(parts, by_units), rows);
+    } else {
+        // By rows, if there are enough: each thread then goes on with the rows that it wrote.
+        by_rows = std::min(parts, std::max(1, rows / 2));
+        by_units = std::min(ceil_div(parts, by_rows), units);
+    }
 }
 
 }  // namespace den
