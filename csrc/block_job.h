@@ -14,6 +14,7 @@ public:
     // Of the runner's block and its present batch; the runner outlives the job.
     explicit BlockJob(const BlockRunner<T>& run);
 
+    const ResidualBlock& block() const { return run_.block(); }
     // Whether there is nothing to compute: in place, every sample at width 0.
     bool empty() const { return active_.empty() && idle_.empty(); }
     std::size_t scratch_floats() const { return scratch_floats_; }

@@ -13,16 +13,23 @@ namespace den {
 namespace {
 
 constexpr int kHeader = 2;       // integers in front of those of the layers
-constexpr int kLayer = 9;        // integers of a layer, in front of those of its convolutions
+constexpr int kLayer = 10;       // integers of a layer, in front of those of its convolutions
 constexpr int kConvolution = 4;  // integers of each convolution
 
-// Elements of a layer's output.
-std::size_t output_size(const ResidualBlock& layer) {
-    int height = layer.height, width = layer.width;
-    for (const BlockConv& conv : layer.convs)
-        height = ceil_div(height, conv.stride), width = ceil_div(width, conv.stride);
-    return std::size_t(layer.samples) * height * width * layer.convs.back().out_channels;
+// Height and width of what a layer's convolutions make.
+Pair output_map(const ResidualBlock& layer) {
+    Pair map{layer.height, layer.width};
+    for (const BlockConv& conv : layer.convs) map = {ceil_div(map.y, conv.stride), ceil_div(map.x, conv.stride)};
+    return map;
 }
+
+// Elements of it.
+std::size_t output_size(const ResidualBlock& layer) {
+    const Pair map = output_map(layer);
+    return std::size_t(layer.samples) * map.y * map.x * layer.convs.back().out_channels;
+}
+
+void* result(const ResidualBlock& layer) { return layer.max_pool ? layer.pooled : layer.out; }
 
 // Whether a layer may overwrite the map that it reads.
 bool works_in_place(const ResidualBlock& layer) {
@@ -37,15 +44,34 @@ void set_places(std::vector<ResidualBlock>& layers, bool pooled, const T* x, T* 
     std::size_t direct = layers.size(), most = 0;
     if (!pooled)
         for (direct -= 1; direct > 0 && works_in_place(layers[direct]);) --direct;
-    for (std::size_t b = 0; b < direct; ++b) most = std::max(most, round_up(output_size(layers[b]), kMapBlock<T>));
-    T* buffer = direct > 0 ? elements<T>(scratch(Scratch::kMaps, 2 * most / kWord<T>)) : nullptr;
+    for (std::size_t b = 0; b < layers.size(); ++b)
+        if (b < direct || layers[b].max_pool) most = std::max(most, round_up(output_size(layers[b]), kMapBlock<T>));
+    // A third holds what a max pool reads.
+    T* buffer = most > 0 ? elements<T>(scratch(Scratch::kMaps, 3 * most / kWord<T>)) : nullptr;
     int turn = 0;
     for (std::size_t b = 0; b < layers.size(); ++b) {
-        layers[b].x = b ? layers[b - 1].out : x;
-        if (b >= direct)
-            layers[b].out = out;
-        else
-            layers[b].out = b && works_in_place(layers[b]) ? layers[b - 1].out : buffer + most * (turn++ % 2);
+        ResidualBlock& layer = layers[b];
+        layer.x = b ? result(layers[b - 1]) : x;
+        void* place = b >= direct ? out : b && works_in_place(layer) ? result(layers[b - 1]) : buffer + most * (turn++ % 2);
+        layer.out = layer.max_pool ? buffer + 2 * most : place;
+        layer.pooled = place;
+    }
+}
+
+// The calling thread's part of the max pool behind a layer, some rows at a time.
+template <class T>
+void pool_largest(const ResidualBlock& layer) {
+    const Pair map = output_map(layer);
+    const int channels = layer.convs.back().out_channels, rows = ceil_div(map.y, 2), cols = ceil_div(map.x, 2);
+    const int parts = std::min(layer.threads, rows);
+    const T* in = static_cast<const T*>(layer.out);
+    T* out = static_cast<T*>(layer.pooled);
+#pragma omp for schedule(static)
+    for (int i = 0; i < layer.samples * parts; ++i) {
+        const int n = i / parts, part = i % parts;
+        kernels<T>().max_pool({in + std::ptrdiff_t(n) * map.y * map.x * channels, map.y, map.x, channels,
+                               out + std::ptrdiff_t(n) * rows * cols * channels, cols},
+                              rows * part / parts, rows * (part + 1) / parts);
     }
 }
 
@@ -53,11 +79,12 @@ void set_places(std::vector<ResidualBlock>& layers, bool pooled, const T* x, T* 
 template <class T>
 void average(const ResidualBlock& last, const GlobalPool& pool, T* out) {
     const int channels = last.convs.back().out_channels;
-    const std::size_t image = output_size(last) / last.samples;
-    const T* maps = static_cast<const T*>(last.out);
+    const Pair map = output_map(last);
+    const int pixels = last.max_pool ? ceil_div(map.y, 2) * ceil_div(map.x, 2) : map.y * map.x;
+    const T* maps = static_cast<const T*>(result(last));
 #pragma omp for schedule(static)
     for (int n = 0; n < last.samples; ++n)
-        kernels<T>().pool({maps + n * image, int(image / channels), channels, pool.scale, pool.shift,
+        kernels<T>().pool({maps + std::ptrdiff_t(n) * pixels * channels, pixels, channels, pool.scale, pool.shift,
                            out + std::ptrdiff_t(n) * channels});
 }
 
@@ -84,6 +111,7 @@ Chain::Chain(const std::string& dtype, const Addresses& addresses, const std::ve
         layer.levels = levels;
         layer.relu = relu;
         layer.shortcut = shortcut;
+        layer.max_pool = spec[s + 9];
         layer.widths = widths;
         for (int i = 0; i < convs; ++i) {
             layer.convs.push_back({at<const void>(addresses.at(weight++)), nullptr, nullptr,
@@ -145,6 +173,7 @@ std::vector<ResidualBlock> Chain::layers_for(int channels, int height, int width
             conv.winograd = packed_as(dtype_, *values++, int(i), i ? hidden : channels, conv);
             height = ceil_div(height, conv.stride), width = ceil_div(width, conv.stride);
         }
+        if (layer.max_pool) height = ceil_div(height, 2), width = ceil_div(width, 2);
         channels = layer.convs.back().out_channels;
     }
     return layers;
@@ -186,7 +215,10 @@ void Chain::run_as(const T* x, T* out, const int* level, const int* order, const
     float* memory = scratch_of(jobs);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        for (const BlockJob<T>& job : jobs) job.work(memory);
+        for (const BlockJob<T>& job : jobs) {
+            job.work(memory);
+            if (job.block().max_pool) pool_largest<T>(job.block());
+        }
         if (pooled_) average(layers.back(), pool_, out);
     }
     give_back(std::move(sized));

@@ -282,6 +282,42 @@ void shortcut(const den::BasicShortcut<Element>& s, int row0, int row1) {
     }
 }
 
+// `count` channels of the largest of rows [y0, y1) and columns [x0, x1); count: a vector, or fewer.
+inline Vec::Reg largest(const den::BasicMaxPool<Element>& p, int y0, int y1, int x0, int x1, int c, int count) {
+    Vec::Reg most{};
+    for (int y = y0; y < y1; ++y)
+        for (int x = x0; x < x1; ++x) {
+            const Element* from = p.in + ((std::ptrdiff_t)y * p.width + x) * p.channels + c;
+            Element line[Vec::lanes] = {};
+            if (count < Vec::lanes) {
+                for (int i = 0; i < count; ++i) line[i] = from[i];
+                from = line;
+            }
+            const Vec::Reg value = Vec::load(from);
+            most = y == y0 && x == x0 ? value : Vec::larger(most, value);
+        }
+    return most;
+}
+
+void max_pool(const den::BasicMaxPool<Element>& p, int row0, int row1) {
+    const auto begin = [](int at) { return at > 0 ? 2 * at - 1 : 0; };
+    const auto end = [](int at, int size) { return 2 * at + 2 < size ? 2 * at + 2 : size; };
+    Element* out = p.out + (std::ptrdiff_t)row0 * p.out_width * p.channels;
+    for (int row = row0; row < row1; ++row)
+        for (int col = 0; col < p.out_width; ++col, out += p.channels)
+            for (int c = 0; c < p.channels; c += Vec::lanes) {
+                const int count = p.channels - c < Vec::lanes ? p.channels - c : Vec::lanes;
+                const Vec::Reg most = largest(p, begin(row), end(row, p.height), begin(col), end(col, p.width), c, count);
+                if (count == Vec::lanes) {
+                    Vec::store(out + c, most);
+                    continue;
+                }
+                Element line[Vec::lanes];
+                Vec::store(line, most);
+                for (int i = 0; i < count; ++i) out[c + i] = line[i];
+            }
+}
+
 #define DEN_CONCAT(table, element, isa) table##_##element##_##isa
 #define DEN_NAME(table, element, isa) DEN_CONCAT(table, element, isa)
 #define DEN_TABLE DEN_NAME(kernels, DEN_ELEMENT, DEN_ISA)
@@ -293,6 +329,6 @@ namespace den {
 
 extern const WinogradKernels<Element> DEN_WINOGRAD;
 extern const BasicKernels<Element> DEN_TABLE;
-const BasicKernels<Element> DEN_TABLE = {conv, load, pool, shortcut, &DEN_WINOGRAD};
+const BasicKernels<Element> DEN_TABLE = {conv, load, pool, shortcut, max_pool, &DEN_WINOGRAD};
 
 }  // namespace den

@@ -92,6 +92,15 @@ struct BasicShortcut {
     int out_width, out_channels;
 };
 
+// The largest of each 3x3 window, at a stride of 2, of one NHWC image; windows reach one pixel beyond its borders.
+template <class T>
+struct BasicMaxPool {
+    const T* in;
+    int height, width, channels;
+    T* out;
+    int out_width;
+};
+
 template <class T>
 struct WinogradKernels;  // winograd.h
 
@@ -102,6 +111,7 @@ struct BasicKernels {
     void (*load)(const BasicMapLoad<T>& load, int row0, int row1);
     void (*pool)(const BasicPool<T>& pool);
     void (*shortcut)(const BasicShortcut<T>& shortcut, int row0, int row1);  // of the output
+    void (*max_pool)(const BasicMaxPool<T>& pool, int row0, int row1);       // of the output
     const WinogradKernels<T>* winograd;
 };
 

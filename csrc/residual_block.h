@@ -36,6 +36,9 @@ struct ResidualBlock {
     bool shortcut = true;
     const int* in_widths = nullptr;
     const int* out_widths = nullptr;
+    // In a chain: where the 3x3 max pool of stride 2 behind `out` goes, if there is one.
+    bool max_pool = false;
+    void* pooled = nullptr;
 };
 
 // T: float or bf16, the elements of maps and of weights packed for direct convolution.

@@ -45,6 +45,10 @@ struct Vec16 {
     static Reg div(Reg a, Reg b) { return _mm512_div_ps(a, b); }
     // max(low, a). maxps returns its second operand when one is NaN, so a NaN survives as it does in torch.relu.
     static Reg at_least(Reg low, Reg a) { return _mm512_max_ps(low, a); }
+    // The larger, or a NaN if either is one.
+    static Reg larger(Reg a, Reg b) {
+        return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
+    }
 
     static Words words(const void* p) { return _mm512_loadu_si512(p); }
     static Words broadcast_word(const void* p) {
@@ -94,6 +98,7 @@ struct Vec8 {
     static Reg sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
     static Reg div(Reg a, Reg b) { return _mm256_div_ps(a, b); }
     static Reg at_least(Reg low, Reg a) { return _mm256_max_ps(low, a); }
+    static Reg larger(Reg a, Reg b) { return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
 
     static Words words(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
     static Words broadcast_word(const void* p) {
@@ -148,6 +153,10 @@ struct Vec4 {
     static Reg at_least(Reg low, Reg a) {
         const Words below = (Words)(a < low);  // false for NaN, which is kept
         return (Reg)(((Words)a & ~below) | ((Words)low & below));
+    }
+    static Reg larger(Reg a, Reg b) {
+        const Words kept = (Words)(a > b) | (Words)(a != a);
+        return (Reg)(((Words)a & kept) | ((Words)b & ~kept));
     }
 
     static Words words(const void* p) {

@@ -54,7 +54,7 @@ def first_conv(
 
     norm: scale and shift [T, O] of the norm behind it, and a ReLU behind that; None: neither, for num_sets sets.
     """
-    if pool or not dk.joins_chain(options.backend, weight.device, options.dtype):
+    if not dk.joins_chain(options.backend, weight.device, options.dtype):
         return FirstConv(weight, norm, stride, pool, options.dtype)
     plain = torch.ones, torch.zeros
     scale, shift = norm or (fill((num_sets, weight.shape[0]), device=weight.device) for fill in plain)
@@ -64,6 +64,7 @@ def first_conv(
         shift[:, None],
         stride=stride,
         relu=norm is not None,
+        max_pool=pool,
         winograd=False,
         backend=options.backend,
     )

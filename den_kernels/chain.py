@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from den_kernels.block import BlockArguments, output_shape
 from den_kernels.fused_pool import global_pool
@@ -20,7 +21,7 @@ from den_kernels.fused_pool import global_pool
 class ConvArguments(NamedTuple):
     """What a dense convolution with a norm and perhaps a ReLU computes with: one level, all channels.
 
-    weight: packed by a backend. scale, shift: [1, C].
+    weight: packed by a backend. scale, shift: [1, C]. max_pool: a 3x3 max pool of stride 2, padding 1, stands behind.
     """
 
     weight: Tensor
@@ -30,6 +31,7 @@ class ConvArguments(NamedTuple):
     stride: int
     groups: int
     relu: bool
+    max_pool: bool = False
 
     @property
     def levels(self) -> int:
@@ -38,13 +40,13 @@ class ConvArguments(NamedTuple):
     @property
     def output(self) -> tuple[int, int]:
         """Channels of the result, and by how much its map is smaller."""
-        return self.scale.shape[1], self.stride
+        return self.scale.shape[1], self.stride * (2 if self.max_pool else 1)
 
 
 Layer = BlockArguments | ConvArguments
 Tables = tuple[Tensor, ...]  # of a pool: its scale and shift [C], or nothing
 
-_HEADER, _LAYER = 2, 9  # integers in front of the layers, and of each in front of its convolutions
+_HEADER, _LAYER = 2, 10  # integers in front of the layers, and of each in front of its convolutions
 
 
 def flatten(layers: Sequence[Layer], pool: Tables | None = None) -> tuple[list[Tensor], str]:
@@ -52,8 +54,8 @@ def flatten(layers: Sequence[Layer], pool: Tables | None = None) -> tuple[list[T
 
     The text holds integers (as a list they would cost a call more than small layers do): whether there is a pool and
     whether it has a norm; then of each layer: convolutions k, input, hidden and output channels, levels, whether there
-    is a norm in front, a ReLU behind, a projection, and a shortcut (or the layer is a convolution), then k each of
-    kernel sizes, strides, groups and the numbers of packed weights. The tensors: all widths; all tables, of each layer
+    is a norm in front, a ReLU behind, a projection, a shortcut (or the layer is a convolution), and a max pool behind,
+    then k each of kernel sizes, strides, groups and the numbers of packed weights. The tensors: all widths; all tables, of each layer
     k scales and k shifts, the norm in front, the scale and shift of the projection, and last those of the pool; then
     each layer's weights, that of the projection last.
     """
@@ -74,7 +76,8 @@ def flatten(layers: Sequence[Layer], pool: Tables | None = None) -> tuple[list[T
         levels, hidden = block.scale[0].shape
         inside = 0 if block.pre_scale is None else block.pre_scale.numel()
         spec += (len(block.weight), inside, hidden, block.scale[-1].shape[1], levels)
-        spec += (int(part) for part in (pre, block.relu, len(block.projection) > 0, shortcut))
+        max_pool = isinstance(layer, ConvArguments) and layer.max_pool
+        spec += (int(part) for part in (pre, block.relu, len(block.projection) > 0, shortcut, max_pool))
         spec += (*block.kernel_size, *block.stride, *block.groups, *(w.numel() for w in block.weight))
     tables += pool or ()
     return [torch.cat(widths), torch.cat([table.flatten() for table in tables]), *weights], " ".join(map(str, spec))
@@ -104,7 +107,7 @@ def unflatten(tensors: Sequence[Tensor], spec: str) -> tuple[list[Layer], Tables
         start, table = table, table + math.prod(shape)
         return all_tables[start:table].view(shape)
 
-    for k, inside, hidden, outside, levels, pre, relu, projected, shortcut, *of in _layers(read_spec(spec)):
+    for k, inside, hidden, outside, levels, pre, relu, projected, shortcut, max_pool, *of in _layers(read_spec(spec)):
         outputs = [hidden] * (k - 1) + [outside]
         scale, shift = ([take(levels, channels) for channels in outputs] for _ in range(2))
         norm = [take(inside) if pre else None for _ in range(2)]
@@ -115,8 +118,8 @@ def unflatten(tensors: Sequence[Tensor], spec: str) -> tuple[list[Layer], Tables
             widths = all_widths[width : width + levels]
             layers.append(BlockArguments(widths, weights[w : w + k], scale, shift, norm[0], norm[1], *form))
         else:
-            conv = ConvArguments(weights[w], scale[0], shift[0], kernel_size[0], stride[0], groups[0], bool(relu))
-            layers.append(conv)
+            form = (kernel_size[0], stride[0], groups[0], bool(relu), bool(max_pool))
+            layers.append(ConvArguments(weights[w], scale[0], shift[0], *form))
         w, width = w + k + projected, width + levels
     pooled, normed = read_spec(spec)[:_HEADER]
     channels = layers[-1].output[0]
@@ -136,7 +139,8 @@ def _layers(spec: Sequence[int]) -> Iterator[Sequence[int]]:
 def _output_shape(shape: tuple[int, ...], spec: str) -> tuple[int, ...]:
     """[N, C, H, W] of the last layer."""
     for k, _, _, channels, *rest in _layers(read_spec(spec)):
-        shape = output_shape(shape, channels, rest[_LAYER - 4 + k : _LAYER - 4 + 2 * k])
+        strides = rest[_LAYER - 4 + k : _LAYER - 4 + 2 * k]
+        shape = output_shape(shape, channels, (*strides, 1 + rest[_LAYER - 5]))  # the max pool's stride last
     return shape
 
 
@@ -173,7 +177,10 @@ def one_by_one(residual_block: Callable[..., None], fused_conv2d: Callable[..., 
         for i, (plan, layer) in enumerate(zip(plan_rows(layers, x.shape[0], level, order, count), layers, strict=True)):
             shape = output_shape(x.shape, layer.output[0], (layer.output[1],))
             in_place = i > 0 and shape == tuple(x.shape) and isinstance(layer, BlockArguments)
-            if i + 1 == len(layers) and pool is None:
+            pools = isinstance(layer, ConvArguments) and layer.max_pool
+            if pools:
+                shape = output_shape(x.shape, layer.output[0], (layer.stride,))
+            if i + 1 == len(layers) and pool is None and not pools:
                 y = out
             elif in_place:
                 y = x  # a map of this chain's own
@@ -182,9 +189,11 @@ def one_by_one(residual_block: Callable[..., None], fused_conv2d: Callable[..., 
             if isinstance(layer, BlockArguments):
                 residual_block(x, y, *plan, *layer)
             else:
-                fused_conv2d(x, y, *plan[:2], None, None, *layer)
-            x = y
+                fused_conv2d(x, y, *plan[:2], None, None, *layer[:-1])
+            x = F.max_pool2d(y, 3, 2, 1) if pools else y
         if pool is not None:
             global_pool(x, pool, out)
+        elif x is not out:
+            out.copy_(x)
 
     return residual_chain

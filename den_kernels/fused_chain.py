@@ -90,7 +90,7 @@ class FusedChain:
         for i, layer in enumerate(self.layers):
             stride = entry_stride if i == 0 and entry_stride else math.prod(layer.strides)
             classes.append(layer.batch_class(shape, stride))
-            shape = output_shape(shape, layer.out_channels, (stride,))
+            shape = output_shape(shape, layer.out_channels, (stride, layer.pool_stride))
         return tuple(classes)
 
     def _flatten(self, set_index: int, entry_stride: int | None, classes: tuple[int, ...]) -> Flat:

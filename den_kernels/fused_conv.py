@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from den_kernels import ops as _ops  # noqa: F401  (registers torch.ops.den_kernels)
 from den_kernels.backends import resolve
@@ -30,6 +31,7 @@ class FusedConv2d(PackedLayer):
             all. With groups, a level must read every group that it makes.
         stride, groups: of the convolution.
         relu: whether a ReLU follows.
+        max_pool: whether a 3x3 max pool of stride 2 and padding 1 follows that.
         winograd, backend: as in `FusedResidualBlock`.
 
     Raises ValueError for shapes or widths that do not fit together, RuntimeError for a backend asked for by name that
@@ -52,6 +54,7 @@ class FusedConv2d(PackedLayer):
         stride: int = 1,
         groups: int = 1,
         relu: bool = False,
+        max_pool: bool = False,
         winograd: bool = True,
         backend: str = "auto",
     ) -> None:
@@ -62,6 +65,7 @@ class FusedConv2d(PackedLayer):
         made = [self.out_channels] * levels if out_widths is None else list(out_widths)
         _check(weight, scale, shift, read, made, groups)
         self.kernel_size, self.stride, self.groups, self.relu = weight.shape[2], stride, groups, relu
+        self.max_pool, self.pool_stride = max_pool, 2 if max_pool else 1
         chosen = resolve(backend, weight.device, weight.dtype)
         self.backend: str = chosen.NAME
         self._tile_bounds: tuple[int, ...] = chosen.TILE_BOUNDS
@@ -80,12 +84,14 @@ class FusedConv2d(PackedLayer):
 
         stride: another than the module's, for weights that are packed as they are, such as those of an image's few
             channels.
-        Returns [N, O, ceil(H / stride), ceil(W / stride)], channels_last, 0 beyond a sample's width.
+        Returns [N, O, ceil(H / s), ceil(W / s)], channels_last, 0 beyond a sample's width; s: the stride, doubled by a
+        max pool.
         """
         stride = self.stride if stride is None else stride
         arguments = self.arguments(set_index, self.batch_class(x.shape, stride))._replace(stride=stride)
         widths = self.in_widths, self.out_widths
-        return torch.ops.den_kernels.fused_conv2d(x, level, order, *widths, *arguments, self.backend)
+        y = torch.ops.den_kernels.fused_conv2d(x, level, order, *widths, *arguments[:-1], self.backend)
+        return F.max_pool2d(y, 3, 2, 1) if self.max_pool else y
 
     @property
     def num_levels(self) -> int:
@@ -107,7 +113,7 @@ class FusedConv2d(PackedLayer):
     def arguments(self, set_index: int = 0, batch_class: int = 0) -> ConvArguments:
         """The operator's arguments behind the plan and the widths, for one set."""
         weight, tables = getattr(self, self._names[batch_class]), (self.scale[set_index], self.shift[set_index])
-        return ConvArguments(weight, *tables, self.kernel_size, self.stride, self.groups, self.relu)
+        return ConvArguments(weight, *tables, self.kernel_size, self.stride, self.groups, self.relu, self.max_pool)
 
 
 def _check(

@@ -13,9 +13,11 @@ class PackedLayer(nn.Module):
     """A layer with packed weights, a form for each class of batch (see `den_kernels.backends`).
 
     backend: name of the one that they are packed for; set by the layer.
+    pool_stride: that of a max pool behind it; 1: none.
     """
 
     backend: str
+    pool_stride = 1
 
     def __init__(self) -> None:
         super().__init__()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cpu_cases import isas
+from torch.nn import functional as F
 
 import den_kernels as dk
 from den_kernels.backends import cpu
@@ -12,8 +13,10 @@ WIDTHS = (0, 5, 12)
 CHANNELS, SETS = 12, 2
 
 
-def make_chain(backend: str, dtype: torch.dtype, pool: str, seed: int = 0, channels: int = CHANNELS) -> dk.FusedChain:
-    """A strided convolution of 3 channels, two blocks with a choice, one of a single level, and a pool."""
+def make_chain(
+    backend: str, dtype: torch.dtype, pool: str, seed: int = 0, channels: int = CHANNELS, max_pool: bool = False
+) -> dk.FusedChain:
+    """A strided convolution of 3 channels, perhaps a max pool, two blocks with a choice, one of a single level, and a pool."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -24,7 +27,9 @@ def make_chain(backend: str, dtype: torch.dtype, pool: str, seed: int = 0, chann
 
     form = {"winograd": False, "backend": backend}
     layers: list[dk.FusedConv2d | dk.FusedResidualBlock] = [
-        dk.FusedConv2d(normal(channels, 3, 3, 3).to(dtype) / 5, *tables(1), stride=2, relu=True, **form)
+        dk.FusedConv2d(
+            normal(channels, 3, 3, 3).to(dtype) / 5, *tables(1), stride=2, relu=True, max_pool=max_pool, **form
+        )
     ]
     for widths in (WIDTHS, (channels,), WIDTHS):
         weights = [normal(channels, channels, 3, 3).to(dtype) / 10 for _ in range(2)]
@@ -43,12 +48,15 @@ def images(count: int, dtype: torch.dtype, size: tuple[int, int] = (11, 6)) -> t
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("entry_stride", [None, 1, 3])
-def test_a_chain_with_ends_equals_the_reference(backend, dtype, pool, entry_stride):
+@pytest.mark.parametrize("max_pool", [False, True])
+def test_a_chain_with_ends_equals_the_reference(backend, dtype, pool, max_pool, entry_stride):
     x, level = images(5, dtype), torch.randint(len(WIDTHS), (5, 2))
     before = x.clone()
     for set_index in range(SETS):
         y, wanted = (
-            make_chain(name, dtype, pool)(x, dk.plan_levels(level, len(WIDTHS)), set_index, entry_stride)
+            make_chain(name, dtype, pool, max_pool=max_pool)(
+                x, dk.plan_levels(level, len(WIDTHS)), set_index, entry_stride
+            )
             for name in (backend, "reference")
         )
         assert y.shape == wanted.shape
@@ -62,6 +70,23 @@ def test_a_chain_with_ends_equals_the_reference(backend, dtype, pool, entry_stri
             msg=f"set {set_index}",
         )
     assert torch.equal(x, before), "x was overwritten"
+
+
+@pytest.mark.parametrize("channels", [1, 7, 8, 33, 96])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@isas
+@pytest.mark.parametrize("size", [(1, 1), (5, 8), (6, 7)])
+def test_the_max_pool_of_any_channels_is_pytorchs(isa, channels, dtype, size):
+    """To the bit, negative values and NaN included."""
+    cpu.set_isa(isa)
+    torch.manual_seed(channels)
+    weight = torch.randn(channels, 2, 1, 1).to(dtype)
+    form = {"scale": torch.ones(1, 1, channels), "shift": torch.full((1, 1, channels), -1.0), "backend": "cpu"}
+    conv, pooled = dk.FusedConv2d(weight, **form), dk.FusedConv2d(weight, **form, max_pool=True)
+    x = torch.randn(3, 2, *size).to(dtype).contiguous(memory_format=torch.channels_last)
+    x[1, :, 0, -1] = torch.nan
+    wanted = F.max_pool2d(dk.FusedChain([conv])(x), 3, 2, 1)
+    torch.testing.assert_close(dk.FusedChain([pooled])(x), wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("channels", [1, 7, 8, 33, 96])
