@@ -28,7 +28,8 @@ BlockJob<T>::BlockJob(const BlockRunner<T>& run)
         for (int n : shared_) cuts_.push_back(run.cut(i, n, threads_));
 
     const std::size_t workspace = run.workspace_floats();
-    own_floats_ = run.bench_floats() + (whole_ ? team_ * workspace : 0);
+    bench_floats_ = run.bench_floats();
+    own_floats_ = bench_floats_ + (whole_ ? team_ * workspace : 0);
     scratch_floats_ = threads_ * own_floats_ + shared_.size() * workspace;
 }
 
@@ -46,7 +47,7 @@ void BlockJob<T>::work(float* memory) const {
 
 template <class T>
 void BlockJob<T>::work_whole(float* bench) const {
-    float* workspaces = bench + run_.bench_floats();
+    float* workspaces = bench + bench_floats_;
     bool bordered = false;
 #pragma omp for schedule(dynamic, 1) nowait
     for (int i = 0; i < whole_; ++i) {

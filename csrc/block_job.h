@@ -33,7 +33,7 @@ private:
     int whole_ = 0;                            // teams of active samples that one thread computes
     int idle_parts_ = 1;                       // of each sample that is its shortcut
     std::vector<Cut> cuts_;                    // [convolution][shared sample]
-    std::size_t own_floats_ = 0, scratch_floats_ = 0;
+    std::size_t bench_floats_ = 0, own_floats_ = 0, scratch_floats_ = 0;  // of a thread, of a thread with workspaces, of all
 };
 
 // What jobs need beside each other, all of which run one after the other in it.

@@ -52,24 +52,26 @@ BlockRunner<T>::BlockRunner(const ResidualBlock& block) : block_(block), kernels
         if (map_at_.size() > 1 || !reads_x_) workspace_floats_ += maps_.back().floats();
         scale_at_.push_back(workspace_floats_);
         workspace_floats_ += 2 * scale_floats(conv);
-        if (m) {
-            const WinogradTiling<T> tiling(m, shape);
-            bench_floats_ = std::max(bench_floats_, tiling.chunk_floats());
-            team_ = std::max(team_, tiling.team());
-        }
+        if (m) team_ = std::max(team_, WinogradTiling<T>(m, shape).team());
         channels = conv.out_channels, height = shape.out_height(), width = shape.out_width();
         pool_ *= conv.stride;
     }
     out_channels_ = channels, out_height_ = height, out_width_ = width;
     out_columns_ = nhwc_columns(width, channels);
-    if (block.projection.weight) {
+    if (block.projection.weight)
         projection_.emplace_back(ConvShape{block.channels, channels, 1, block.height, block.width,
                                            {1, 1}, {pool_, pool_}, {0, 0}, {1, 1}});
-        bench_floats_ = std::max(bench_floats_, projection_[0].floats() + 2 * scale_floats(block.projection));
-    }
     // Of equal shapes the shortcut is x itself (a strided block of a map of one pixel too).
     plain_shortcut_ = block.shortcut && projection_.empty() && height == block.height && width == block.width &&
                       channels == block.channels;
+}
+
+template <class T>
+std::size_t BlockRunner<T>::bench_floats() const {
+    std::size_t most = projection_.empty() ? 0 : projection_[0].floats() + 2 * scale_floats(block_.projection);
+    for (int i = 0; i < convs(); ++i)
+        if (is_winograd(i)) most = std::max(most, tiling(i).chunk_floats(block_.samples));
+    return most;
 }
 
 template <class T>

@@ -26,7 +26,7 @@ public:
     const ResidualBlock& block() const { return block_; }
 
     std::size_t workspace_floats() const { return workspace_floats_; }
-    std::size_t bench_floats() const { return bench_floats_; }
+    std::size_t bench_floats() const;  // for the block's present batch
     int convs() const { return int(maps_.size()); }
     int hidden(int n) const { return block_.widths[block_.level[n]]; }
     // Whether sample n runs any convolution.
@@ -97,7 +97,7 @@ private:
     std::vector<BasicBlockedMap<T>> maps_;  // read by convolution i
     std::vector<BasicBlockedMap<T>> projection_;  // what the projection reads, if there is one
     std::vector<std::size_t> map_at_, scale_at_;
-    std::size_t workspace_floats_ = 0, bench_floats_ = 0;
+    std::size_t workspace_floats_ = 0;
     std::vector<std::ptrdiff_t> out_columns_;
     int out_channels_, out_height_, out_width_, pool_ = 1, team_ = 1;
     bool plain_shortcut_, reads_x_ = false;

@@ -30,7 +30,7 @@ public:
         return winograd_packed_words<T>(kTile, args_.shape.out_channels, args_.shape.in_channels);
     }
     // Of one thread: V and products of a chunk of tiles, and the maps of a team.
-    std::size_t bench_floats() const { return tiling_.chunk_floats() + team_ * map_.floats(); }
+    std::size_t bench_floats() const { return tiling_.chunk_floats(team_) + team_ * map_.floats(); }
 
     void zero_borders(float* bench) const {
         for (int s = 0; s < team_; ++s) map_.zero_border(map(bench, s), args_.shape.in_channels);
@@ -53,7 +53,7 @@ public:
     }
 
 private:
-    T* map(float* bench, int s) const { return elements<T>(bench + tiling_.chunk_floats() + s * map_.floats()); }
+    T* map(float* bench, int s) const { return elements<T>(bench + tiling_.chunk_floats(team_) + s * map_.floats()); }
 
     void load(int n, T* to) const {
         const ConvShape& s = args_.shape;

@@ -9,7 +9,8 @@ namespace den {
 namespace {
 
 constexpr int kChunkFloats = 96 * 1024;  // of V
-constexpr int kFewestTiles = 16;
+constexpr int kFewestTiles = 32;  // of a chunk
+constexpr int kTeamTiles = 16;
 
 }  // namespace
 
@@ -36,12 +37,13 @@ int WinogradTiling<T>::chunk() const {
 
 template <class T>
 int WinogradTiling<T>::team() const {
-    return ceil_div(kFewestTiles, tiles());
+    return ceil_div(kTeamTiles, tiles());
 }
 
 template <class T>
-std::size_t WinogradTiling<T>::chunk_floats() const {
-    return winograd_v_floats(tile_, words(), chunk()) + winograd_product_floats(tile_, chunk());
+std::size_t WinogradTiling<T>::chunk_floats(int samples) const {
+    const int most = std::min(chunk(), samples * tiles());
+    return winograd_v_floats(tile_, words(), most) + winograd_product_floats(tile_, most);
 }
 
 template <class T>

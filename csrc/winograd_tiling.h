@@ -20,12 +20,12 @@ public:
     int words() const;  // of the input channels, in V and U
     // Rows and columns of zeros that the tiles at the lower and right border read beyond the padding.
     Pair slack() const;
-    // Tiles that a thread computes at a time: V of them fills a third of an L2 cache. And samples that it computes together,
-    // for with fewer tiles the weights would be the larger traffic.
+    // Tiles that a thread computes at a time: V of them fills a third of an L2 cache, or more where weights are large. And
+    // samples that it computes together, for with fewer tiles the weights would be the larger traffic.
     int chunk() const;
     int team() const;
-    // V and products of a chunk.
-    std::size_t chunk_floats() const;
+    // V and products of a chunk of this many samples' tiles.
+    std::size_t chunk_floats(int samples) const;
 
     // Appends all tiles of one sample, which are like `sample` but for their places.
     void append(WinogradTile<T> sample, std::vector<WinogradTile<T>>& tiles) const;

@@ -55,9 +55,9 @@ def flatten(layers: Sequence[Layer], pool: Tables | None = None) -> tuple[list[T
     The text holds integers (as a list they would cost a call more than small layers do): whether there is a pool and
     whether it has a norm; then of each layer: convolutions k, input, hidden and output channels, levels, whether there
     is a norm in front, a ReLU behind, a projection, a shortcut (or the layer is a convolution), and a max pool behind,
-    then k each of kernel sizes, strides, groups and the numbers of packed weights. The tensors: all widths; all tables, of each layer
-    k scales and k shifts, the norm in front, the scale and shift of the projection, and last those of the pool; then
-    each layer's weights, that of the projection last.
+    then k each of kernel sizes, strides, groups and the numbers of packed weights. The tensors: all widths; all tables,
+    of each layer k scales and k shifts, the norm in front, the scale and shift of the projection, and last those of the
+    pool; then each layer's weights, that of the projection last.
     """
     widths: list[Tensor] = []
     tables: list[Tensor] = []
@@ -118,8 +118,8 @@ def unflatten(tensors: Sequence[Tensor], spec: str) -> tuple[list[Layer], Tables
             widths = all_widths[width : width + levels]
             layers.append(BlockArguments(widths, weights[w : w + k], scale, shift, norm[0], norm[1], *form))
         else:
-            form = (kernel_size[0], stride[0], groups[0], bool(relu), bool(max_pool))
-            layers.append(ConvArguments(weights[w], scale[0], shift[0], *form))
+            window = kernel_size[0], stride[0], groups[0]
+            layers.append(ConvArguments(weights[w], scale[0], shift[0], *window, bool(relu), bool(max_pool)))
         w, width = w + k + projected, width + levels
     pooled, normed = read_spec(spec)[:_HEADER]
     channels = layers[-1].output[0]
@@ -175,11 +175,10 @@ def one_by_one(residual_block: Callable[..., None], fused_conv2d: Callable[..., 
     def residual_chain(x: Tensor, out: Tensor, level, order, count, tensors, spec: str) -> None:
         layers, pool = unflatten(tensors, spec)
         for i, (plan, layer) in enumerate(zip(plan_rows(layers, x.shape[0], level, order, count), layers, strict=True)):
-            shape = output_shape(x.shape, layer.output[0], (layer.output[1],))
-            in_place = i > 0 and shape == tuple(x.shape) and isinstance(layer, BlockArguments)
+            channels, stride = layer.output
             pools = isinstance(layer, ConvArguments) and layer.max_pool
-            if pools:
-                shape = output_shape(x.shape, layer.output[0], (layer.stride,))
+            shape = output_shape(x.shape, channels, (stride // 2 if pools else stride,))
+            in_place = i > 0 and shape == tuple(x.shape) and isinstance(layer, BlockArguments)
             if i + 1 == len(layers) and pool is None and not pools:
                 y = out
             elif in_place:

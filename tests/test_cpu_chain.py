@@ -16,7 +16,7 @@ CHANNELS, SETS = 12, 2
 def make_chain(
     backend: str, dtype: torch.dtype, pool: str, seed: int = 0, channels: int = CHANNELS, max_pool: bool = False
 ) -> dk.FusedChain:
-    """A strided convolution of 3 channels, perhaps a max pool, two blocks with a choice, one of a single level, and a pool."""
+    """A strided convolution of 3 channels (and a max pool), two blocks with a choice, one of a single level, a pool."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
