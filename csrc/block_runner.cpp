@@ -267,8 +267,13 @@ WinogradPass<T> BlockRunner<T>::winograd_pass(int i, int group, float* v, int ti
 }
 
 template <class T>
-void BlockRunner<T>::winograd_chunk(int i, int group, const WinogradTile<T>* tiles, int count, float* bench) const {
-    tiling(i).convolve(winograd_pass(i, group, bench, count), tiles, count, 0, tiling(i).groups());
+void BlockRunner<T>::winograd_tiles(int i, int group, const WinogradTile<T>* tiles, int count, int group0, int group1,
+                                    float* bench) const {
+    const int chunks = ceil_div(count, tiling(i).chunk());
+    for (int c = 0; c < chunks; ++c) {
+        const int first = count * c / chunks, some = count * (c + 1) / chunks - first;
+        tiling(i).convolve(winograd_pass(i, group, bench, some), tiles + first, some, group0, group1);
+    }
 }
 
 template <class T>
@@ -289,11 +294,7 @@ void BlockRunner<T>::run_team(float* workspaces, const int* samples, int count, 
         }
         for (int group = 0; group < block_.convs[i].groups; ++group) {
             const std::vector<WinogradTile<T>> all = tiles(i, group, workspaces, samples, count);
-            const int total = int(all.size()), chunks = ceil_div(total, tiling(i).chunk());
-            for (int c = 0; c < chunks; ++c) {
-                const int first = total * c / chunks;
-                winograd_chunk(i, group, all.data() + first, total * (c + 1) / chunks - first, bench);
-            }
+            winograd_tiles(i, group, all.data(), int(all.size()), 0, tiling(i).groups(), bench);
         }
     }
 }
@@ -304,45 +305,51 @@ void BlockRunner<T>::shared_winograd(int i, float* workspaces, const std::vector
     for (int group = 0; group < block_.convs[i].groups; ++group) {
         const std::vector<WinogradTile<T>> all = tiles(i, group, workspaces, samples.data(), int(samples.size()));
         if (all.empty()) continue;
+        int widest = 0;
+        for (const WinogradTile<T>& tile : all) widest = std::max(widest, tile.active_out);
+        // What every thread reads is to be the smaller of weights and transformed tiles.
+        const bool by_tiles = int(all.size()) >= widest;
         // Static: a thread meets the rows, or the channels, that it wrote.
 #pragma omp for schedule(static) nowait
-        for (int piece = 0; piece < threads; ++piece) shared_piece(i, group, all, piece, threads, bench);
+        for (int piece = 0; piece < threads; ++piece) {
+            if (by_tiles)
+                tiles_piece(i, group, all, piece, threads, bench);
+            else
+                channels_piece(i, group, all, widest, piece, threads, bench);
+        }
     }
 #pragma omp barrier
 }
 
 template <class T>
-void BlockRunner<T>::shared_piece(int i, int group, const std::vector<WinogradTile<T>>& all, int piece, int pieces,
-                                  float* bench) const {
-    const int total = int(all.size());
-    int widest = 0;
-    for (const WinogradTile<T>& tile : all) widest = std::max(widest, tile.active_out);
-    // What every thread reads is to be the smaller of weights and transformed tiles. Weights: pieces have tiles of their own.
-    // Tiles: groups of output channels of their own, and of a group that two share, tiles.
-    const bool by_tiles = total >= widest;
-    const int groups = by_tiles ? 1 : winograd_groups(widest);
-    const int parts = by_tiles ? pieces : std::min(pieces / std::gcd(groups, pieces), ceil_div(total, kFewestTiles));
+void BlockRunner<T>::tiles_piece(int i, int group, const std::vector<WinogradTile<T>>& all, int piece, int pieces,
+                                 float* bench) const {
     std::vector<double> cost;
-    for (const WinogradTile<T>& tile : all) cost.push_back(cost_of(tile, 0, widest));
-    const std::vector<int> part_cuts = even_cuts(cost, parts);
-    std::vector<double> unit_cost(std::size_t(groups) * parts, 0.0);  // [group][part]
-    const int width = by_tiles ? widest : kWinogradGroup;
-    for (int g = 0; g < groups; ++g)
-        for (int r = 0; r < parts; ++r)
-            for (int t = part_cuts[r]; t < part_cuts[r + 1]; ++t)
-                unit_cost[g * parts + r] += cost_of(all[t], g * width, (g + 1) * width);
-    const std::vector<int> cuts = even_cuts(unit_cost, pieces);
-    const int chunk = tiling(i).chunk();
-    for (int r = 0; r < parts; ++r) {
-        // Groups of this part among units [cuts[piece], cuts[piece + 1]).
-        int group0 = std::max(0, ceil_div(cuts[piece] - r + parts, parts) - 1);
-        int group1 = std::max(0, ceil_div(cuts[piece + 1] - r + parts, parts) - 1);
-        if (group0 >= group1) continue;
-        if (by_tiles) group0 = 0, group1 = winograd_groups(widest);
-        for (int first = part_cuts[r]; first < part_cuts[r + 1]; first += chunk) {
-            const int count = std::min(chunk, part_cuts[r + 1] - first);
-            tiling(i).convolve(winograd_pass(i, group, bench, count), all.data() + first, count, group0, group1);
-        }
+    for (const WinogradTile<T>& tile : all) cost.push_back(cost_of(tile, 0, tile.active_out));
+    const std::vector<int> cuts = even_cuts(cost, pieces);
+    winograd_tiles(i, group, all.data() + cuts[piece], cuts[piece + 1] - cuts[piece], 0, tiling(i).groups(), bench);
+}
+
+template <class T>
+void BlockRunner<T>::channels_piece(int i, int group, const std::vector<WinogradTile<T>>& all, int widest, int piece,
+                                    int pieces, float* bench) const {
+    // Units of work: groups of output channels, each cut into parts by tiles where else they would not come out even.
+    const int total = int(all.size()), groups = winograd_groups(widest);
+    const int parts = std::min(pieces / std::gcd(groups, pieces), ceil_div(total, kFewestTiles));
+    std::vector<double> cost;  // [group][part]
+    for (int unit = 0; unit < groups * parts; ++unit) {
+        const int first = unit / parts * kWinogradGroup, part = unit % parts;
+        double sum = 0;
+        for (int t = total * part / parts; t < total * (part + 1) / parts; ++t)
+            sum += cost_of(all[t], first, first + kWinogradGroup);
+        cost.push_back(sum);
+    }
+    const std::vector<int> cuts = even_cuts(cost, pieces);
+    for (int part = 0; part < parts; ++part) {
+        // The groups g whose unit g * parts + part is this piece's.
+        const int group0 = (cuts[piece] + parts - 1 - part) / parts, group1 = (cuts[piece + 1] + parts - 1 - part) / parts;
+        const int first = total * part / parts, some = total * (part + 1) / parts - first;
+        if (group0 < group1) winograd_tiles(i, group, all.data() + first, some, group0, group1, bench);
     }
 }
 

@@ -88,9 +88,12 @@ private:
     // The tiles of the samples that run group `group` of convolution i: a convolution of its own.
     std::vector<WinogradTile<T>> tiles(int i, int group, float* workspaces, const int* samples, int count) const;
     WinogradPass<T> winograd_pass(int i, int group, float* v, int tiles) const;
-    void winograd_chunk(int i, int group, const WinogradTile<T>* tiles, int count, float* bench) const;
-    // One of `pieces` that these tiles' outputs are cut into.
-    void shared_piece(int i, int group, const std::vector<WinogradTile<T>>& all, int piece, int pieces, float* bench) const;
+    // Groups [group0, group1) of output channels of these tiles, some at a time.
+    void winograd_tiles(int i, int group, const WinogradTile<T>* tiles, int count, int group0, int group1, float* bench) const;
+    // One of `pieces` that these tiles' outputs are cut into, each of tiles of its own or of output channels of its own.
+    void tiles_piece(int i, int group, const std::vector<WinogradTile<T>>& all, int piece, int pieces, float* bench) const;
+    void channels_piece(int i, int group, const std::vector<WinogradTile<T>>& all, int widest, int piece, int pieces,
+                        float* bench) const;
 
     const ResidualBlock& block_;
     const BasicKernels<T>& kernels_;

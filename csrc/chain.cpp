@@ -23,13 +23,18 @@ Pair output_map(const ResidualBlock& layer) {
     return map;
 }
 
-// Elements of it.
-std::size_t output_size(const ResidualBlock& layer) {
-    const Pair map = output_map(layer);
-    return std::size_t(layer.samples) * map.y * map.x * layer.convs.back().out_channels;
+// Elements of so many pixels of each sample, in whole cache lines.
+template <class T>
+std::size_t output_size(const ResidualBlock& layer, int pixels) {
+    return round_up(std::size_t(layer.samples) * pixels * layer.convs.back().out_channels, kMapBlock<T>);
 }
 
+// What the next layer reads, and its pixels.
 void* result(const ResidualBlock& layer) { return layer.max_pool ? layer.pooled : layer.out; }
+int result_pixels(const ResidualBlock& layer) {
+    const Pair map = output_map(layer);
+    return layer.max_pool ? ceil_div(map.y, 2) * ceil_div(map.x, 2) : map.y * map.x;
+}
 
 // Whether a layer may overwrite the map that it reads.
 bool works_in_place(const ResidualBlock& layer) {
@@ -41,13 +46,15 @@ bool works_in_place(const ResidualBlock& layer) {
 // those before it take turns in two buffers. x is never written, unless it is `out`.
 template <class T>
 void set_places(std::vector<ResidualBlock>& layers, bool pooled, const T* x, T* out) {
-    std::size_t direct = layers.size(), most = 0;
+    std::size_t direct = layers.size(), most = 0, unpooled = 0;
     if (!pooled)
         for (direct -= 1; direct > 0 && works_in_place(layers[direct]);) --direct;
-    for (std::size_t b = 0; b < layers.size(); ++b)
-        if (b < direct || layers[b].max_pool) most = std::max(most, round_up(output_size(layers[b]), kMapBlock<T>));
-    // A third holds what a max pool reads.
-    T* buffer = most > 0 ? elements<T>(scratch(Scratch::kMaps, 3 * most / kWord<T>)) : nullptr;
+    for (std::size_t b = 0; b < layers.size(); ++b) {
+        if (b < direct) most = std::max(most, output_size<T>(layers[b], result_pixels(layers[b])));
+        const Pair map = output_map(layers[b]);
+        if (layers[b].max_pool) unpooled = std::max(unpooled, output_size<T>(layers[b], map.y * map.x));
+    }
+    T* buffer = elements<T>(scratch(Scratch::kMaps, (2 * most + unpooled) / kWord<T>));
     int turn = 0;
     for (std::size_t b = 0; b < layers.size(); ++b) {
         ResidualBlock& layer = layers[b];
@@ -79,8 +86,7 @@ void pool_largest(const ResidualBlock& layer) {
 template <class T>
 void average(const ResidualBlock& last, const GlobalPool& pool, T* out) {
     const int channels = last.convs.back().out_channels;
-    const Pair map = output_map(last);
-    const int pixels = last.max_pool ? ceil_div(map.y, 2) * ceil_div(map.x, 2) : map.y * map.x;
+    const int pixels = result_pixels(last);
     const T* maps = static_cast<const T*>(result(last));
 #pragma omp for schedule(static)
     for (int n = 0; n < last.samples; ++n)

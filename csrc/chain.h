@@ -42,7 +42,8 @@ struct IdleLayers {
 };
 
 // Layers (residual blocks, and convolutions without a shortcut), and perhaps a pool behind them, as Python holds them:
-// addresses and sizes, no values. What is between layers is scratch memory. Throws std::invalid_argument for values that do not fit.
+// addresses and sizes, no values. What is between layers is scratch memory. Throws std::invalid_argument for values that
+// do not fit.
 class Chain {
 public:
     // As den_kernels/chain.py flattens a chain.
