@@ -49,9 +49,11 @@ def at_levels(widths: Tensor | None, level: Tensor) -> Tensor | None:
 
 def batch_class(tile_bounds: Sequence[int], shape: Sequence[int], stride: int) -> int:
     """Which form of its weights a layer of this stride takes for a batch [N, C, H, W]; see `den_kernels.backends`."""
-    step = 4 * stride
-    tiles = shape[0] * -(-shape[2] // step) * -(-shape[3] // step)
-    return sum(tiles < bound for bound in tile_bounds)
+    height, width = (-(-size // stride) for size in shape[2:])
+    tiles = shape[0] * -(-height // 4) * -(-width // 4)
+    below = sum(tiles < bound for bound in tile_bounds)
+    # Tiles that are mostly empty are no reason for large ones.
+    return max(below, min(1, len(tile_bounds))) if height <= 2 and width <= 2 else below
 
 
 def output_shape(shape: Sequence[int], channels: int, stride: Sequence[int]) -> tuple[int, int, int, int]:

@@ -223,7 +223,7 @@ def test_residual_block_sample_does_not_depend_on_batch_mates_or_threads(isa, dt
     # Maps of 7 x 9 leave ragged tiles, and few enough of them that samples share a team.
     x = torch.randn(6, 64, 7, 9).to(dtype).contiguous(memory_format=torch.channels_last)
     results = []
-    for threads in (1, 2, 3):
+    for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
         for mates in ([0, 0, 0, 0], [3, 3, 3, 3], [0, 2, 1, 3]):
             level = torch.tensor([2, mates[0], mates[1], 3, *mates[2:]])

@@ -1,5 +1,7 @@
 """Chains with a first convolution and a pool: every backend against the reference, and what must not depend on what."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from cpu_cases import isas
@@ -136,6 +138,23 @@ def test_a_chain_follows_its_layers(backend):
     for layer in chain.layers:
         layer.move_packed({name: torch.zeros_like(tensor) for name, tensor in layer.packed().items()})
     assert not torch.equal(chain(x, plan), before)
+
+
+@isas
+def test_a_chain_serves_several_callers_and_sizes_at_once(isa):
+    """What a chain keeps between calls is one call's at a time, and one size's and instruction set's alone."""
+    cpu.set_isa(isa)
+    chain = make_chain("cpu", torch.float32, "map", max_pool=True)
+    generator = torch.Generator().manual_seed(0)
+    jobs = []
+    for i in range(12):
+        x = images(1 + i % 3, torch.float32, (9 + i % 4, 8 + i % 2))
+        level = torch.randint(len(WIDTHS), (x.shape[0], 2), generator=generator)
+        jobs.append((x, dk.plan_levels(level, len(WIDTHS))))
+    wanted = [make_chain("cpu", torch.float32, "map", max_pool=True)(*job) for job in jobs]
+    with ThreadPoolExecutor(4) as pool:
+        for got, expected in zip(pool.map(lambda job: chain(*job), jobs * 20), wanted * 20, strict=True):
+            assert torch.equal(got, expected)
 
 
 def test_what_a_chain_refuses():

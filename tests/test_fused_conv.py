@@ -214,3 +214,20 @@ def test_bad_levels_are_named_by_the_extension() -> None:
         conv(x, torch.tensor([0, 1], dtype=torch.int32), torch.zeros(2, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"level is torch.int64 of shape \(2,\)"):
         conv(x, torch.tensor([0, 1]), order)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sample_of_one_pixel_does_not_depend_on_its_batch(dtype) -> None:
+    """Samples of a level are multiplied together there: to the bit what each gives alone, and near the reference."""
+    torch.manual_seed(0)
+    tables = torch.rand(1, 3, 96), torch.randn(1, 3, 96)
+    form = {"in_widths": (16, 40, 80), "out_widths": (20, 48, 96), "relu": True}
+    weight, x = torch.randn(96, 80, 1, 1).to(dtype), torch.randn(9, 80, 1, 1).to(dtype)
+    level, order, _ = dk.plan_levels(torch.arange(9)[:, None] * 5 % 3, 3).block(0)
+    conv = dk.FusedConv2d(weight, *tables, **form, backend="cpu")
+    y = conv(x, level, order)
+    for n in range(9):
+        assert torch.equal(conv(x[n : n + 1], level[n : n + 1], torch.zeros(1, dtype=torch.int32))[0], y[n])
+    wanted = dk.FusedConv2d(weight.double(), *tables, **form, backend="reference")(x.double(), level, order)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(y.double(), wanted, rtol=0, atol=tolerance * wanted.abs().max().item())

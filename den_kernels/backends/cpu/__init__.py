@@ -285,17 +285,34 @@ def fused_conv2d(
     float32, contiguous. Raises ValueError for a level, an order or widths out of range, or a weight of another shape.
     """
     _check_plan(level, order, x.shape[0])
+
+    def run(x: Tensor, out: Tensor, level: Tensor, order: Tensor) -> None:
+        N, C, H, W = x.shape
+        tensors = (x, out, level, order, in_widths, out_widths, weight, scale, shift)
+        extension().fused_conv2d(
+            DTYPES[x.dtype],
+            [_address(t) for t in tensors],
+            (N, C, H, W, out.shape[1], scale.shape[0], kernel_size, stride, groups),
+            weight.numel(),
+            relu,
+            torch.get_num_threads(),
+        )
+
     x = x.contiguous(memory_format=torch.channels_last)
-    N, C, H, W = x.shape
-    tensors = (x, out, level, order, in_widths, out_widths, weight, scale, shift)
-    extension().fused_conv2d(
-        DTYPES[x.dtype],
-        [_address(t) for t in tensors],
-        (N, C, H, W, out.shape[1], scale.shape[0], kernel_size, stride, groups),
-        weight.numel(),
-        relu,
-        torch.get_num_threads(),
-    )
+    if x.shape[0] == 1 or kernel_size != 1 or tuple(x.shape[2:]) != (1, 1):
+        return run(x, out, level, order)
+    # Maps of one pixel (a fully connected layer): samples of a level are the pixels of one image, which reads the
+    # weights once.
+    x_NC, out_NO, first = x.flatten(1), out.flatten(1), torch.zeros(1, dtype=torch.int32)
+    for l in level.unique():
+        rows = (level == l).nonzero().flatten()
+        image, made = (
+            torch.empty((1, C, 1, len(rows)), dtype=x.dtype, memory_format=torch.channels_last)
+            for C in (x_NC.shape[1], out_NO.shape[1])
+        )
+        torch.index_select(x_NC, 0, rows, out=image.permute(0, 2, 3, 1).view(len(rows), -1))
+        run(image, made, l[None], first)
+        out_NO[rows] = made.permute(0, 2, 3, 1).view(len(rows), -1)
 
 
 def residual_block(x: Tensor, out: Tensor, level: Tensor, order: Tensor, count: Tensor, *block) -> None:
