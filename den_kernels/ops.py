@@ -374,9 +374,10 @@ def _residual_chain_flop(x, level, order, count, tensors, spec, backend, **_) ->
             total += _block_flop(shape, level_N, layer)
             shape = output_shape(shape, channels, (stride,))
             continue
-        inputs, shape = shape[1], output_shape(shape, channels, (stride,))
-        pairs = _pairs(shape[0], inputs, channels, None, None, layer.groups)
-        total += 2 * math.prod(shape[2:]) * layer.kernel_size**2 * pairs
+        pixels = math.prod(output_shape(shape, channels, (layer.stride,))[2:])  # before a max pool
+        pairs = _pairs(shape[0], shape[1], channels, None, None, layer.groups)
+        total += 2 * pixels * layer.kernel_size**2 * pairs
+        shape = output_shape(shape, channels, (stride,))
     return total
 
 

@@ -190,12 +190,14 @@ def test_a_plan_of_other_blocks_is_refused():
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
-def test_opcheck_and_flops(backend):
-    chain = make_chain(backend, torch.float32, "norm")
+@pytest.mark.parametrize("max_pool", [False, True])
+def test_opcheck_and_flops(backend, max_pool):
+    chain = make_chain(backend, torch.float32, "norm", max_pool=max_pool)
     x, plan = images(2, torch.float32), dk.plan_levels(torch.tensor([[0, 2], [1, 2]]), len(WIDTHS))
     flat = chain._kept(0, tuple(x.shape), None)
     torch.library.opcheck(torch.ops.den_kernels.residual_chain.default, (x, *plan, *flat, backend))
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         chain(x, plan)
     pixels, pairs = 6 * 3, CHANNELS * sum(2 * width for width in (0, 5, 12, 12, CHANNELS, CHANNELS))
-    assert counter.get_total_flops() == 2 * 9 * pixels * (2 * 3 * CHANNELS + pairs)
+    pooled = 3 * 2 if max_pool else pixels
+    assert counter.get_total_flops() == 2 * 9 * (2 * 3 * CHANNELS * pixels + pairs * pooled)
