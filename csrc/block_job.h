@@ -36,7 +36,7 @@ private:
     std::size_t bench_floats_ = 0, own_floats_ = 0, scratch_floats_ = 0;  // of a thread, of a thread with workspaces, of all
 };
 
-// What jobs need beside each other, all of which run one after the other in it.
+// Memory for jobs that run one after the other.
 template <class T>
 float* scratch_of(const std::vector<BlockJob<T>>& jobs) {
     std::size_t most = 0;

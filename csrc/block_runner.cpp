@@ -19,7 +19,7 @@ std::vector<int> even_cuts(const std::vector<double>& cost, int pieces) {
     return cuts;
 }
 
-// Of a tile's outputs in groups [group, ...) of output channels: products, and transforms as four more channels each way.
+// Of a tile's output channels [first, last): products, and transforms as four more channels each way.
 template <class T>
 double cost_of(const WinogradTile<T>& tile, int first, int last) {
     const double outs = std::max(0, std::min(tile.active_out, last) - first);

@@ -10,7 +10,8 @@ void residual_block(const ResidualBlock& block) {
     const std::vector<BlockJob<T>> jobs(1, BlockJob<T>(run));
     if (jobs[0].empty()) return;
     float* memory = scratch_of(jobs);
-#pragma omp parallel num_threads(block.threads) if (block.threads > 1)
+    const int threads = block.threads > 1 ? block.threads : 1;
+#pragma omp parallel num_threads(threads) if (threads > 1)
     jobs[0].work(memory);
 }
 

@@ -216,12 +216,13 @@ def test_bad_levels_are_named_by_the_extension() -> None:
         conv(x, torch.tensor([0, 1]), order)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_sample_of_one_pixel_does_not_depend_on_its_batch(dtype) -> None:
+def test_a_sample_of_one_pixel_does_not_depend_on_its_batch(dtype, stride) -> None:
     """Samples of a level are multiplied together there: to the bit what each gives alone, and near the reference."""
     torch.manual_seed(0)
     tables = torch.rand(1, 3, 96), torch.randn(1, 3, 96)
-    form = {"in_widths": (16, 40, 80), "out_widths": (20, 48, 96), "relu": True}
+    form = {"in_widths": (16, 40, 80), "out_widths": (20, 48, 96), "relu": True, "stride": stride}
     weight, x = torch.randn(96, 80, 1, 1).to(dtype), torch.randn(9, 80, 1, 1).to(dtype)
     level, order, _ = dk.plan_levels(torch.arange(9)[:, None] * 5 % 3, 3).block(0)
     conv = dk.FusedConv2d(weight, *tables, **form, backend="cpu")
@@ -231,3 +232,7 @@ def test_a_sample_of_one_pixel_does_not_depend_on_its_batch(dtype) -> None:
     wanted = dk.FusedConv2d(weight.double(), *tables, **form, backend="reference")(x.double(), level, order)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(y.double(), wanted, rtol=0, atol=tolerance * wanted.abs().max().item())
+    with pytest.raises(ValueError, match=r"level\[1\] is 3"):
+        conv(x, torch.tensor([0, 3, *[0] * 7], dtype=torch.int32), order)
+    with pytest.raises(ValueError, match="each of the 9 samples once"):
+        conv(x, level, torch.zeros_like(order))

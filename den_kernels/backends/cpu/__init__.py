@@ -286,7 +286,7 @@ def fused_conv2d(
     """
     _check_plan(level, order, x.shape[0])
 
-    def run(x: Tensor, out: Tensor, level: Tensor, order: Tensor) -> None:
+    def run(x: Tensor, out: Tensor, level: Tensor, order: Tensor, stride: int) -> None:
         N, C, H, W = x.shape
         tensors = (x, out, level, order, in_widths, out_widths, weight, scale, shift)
         extension().fused_conv2d(
@@ -299,8 +299,9 @@ def fused_conv2d(
         )
 
     x = x.contiguous(memory_format=torch.channels_last)
-    if x.shape[0] == 1 or kernel_size != 1 or tuple(x.shape[2:]) != (1, 1):
-        return run(x, out, level, order)
+    one_pixel = kernel_size == 1 and tuple(x.shape[2:]) == (1, 1)
+    if x.shape[0] == 1 or not one_pixel or not _is_plan(level, order, scale.shape[0]):
+        return run(x, out, level, order, stride)  # which raises for what is no plan
     # Maps of one pixel (a fully connected layer): samples of a level are the pixels of one image, which reads the
     # weights once.
     x_NC, out_NO, first = x.flatten(1), out.flatten(1), torch.zeros(1, dtype=torch.int32)
@@ -311,7 +312,7 @@ def fused_conv2d(
             for C in (x_NC.shape[1], out_NO.shape[1])
         )
         torch.index_select(x_NC, 0, rows, out=image.permute(0, 2, 3, 1).view(len(rows), -1))
-        run(image, made, l[None], first)
+        run(image, made, l[None], first, stride=1)
         out_NO[rows] = made.permute(0, 2, 3, 1).view(len(rows), -1)
 
 
@@ -370,6 +371,12 @@ def _check_plan(level: Tensor | None, order: Tensor | None, samples: int, blocks
                 f"{name} is {given}; it must be contiguous torch.int32 of shape ({samples},), one entry a sample, for "
                 f"each of {blocks} blocks: use plan_levels(...)"
             )
+
+
+def _is_plan(level: Tensor, order: Tensor, levels: int) -> bool:
+    """Whether the levels are below `levels`, and the order holds each sample once."""
+    in_range = bool(((level >= 0) & (level < levels)).all())
+    return in_range and order.sort().values.equal(torch.arange(len(order), dtype=order.dtype))
 
 
 @functools.lru_cache(maxsize=256)
