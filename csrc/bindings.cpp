@@ -96,6 +96,7 @@ void fused_conv2d(const std::string& dtype, const Addresses& a, const Ints& size
     block.levels = sizes[5];
     den::BlockConv conv{at<const void>(a[6]), at<const float>(a[7]), at<const float>(a[8]),
                         sizes[4], sizes[6], sizes[7], sizes[8], 0};
+    conv.lines = !block.in_widths && den::keeps_lines(block.channels, conv.groups, conv.kernel);
     conv.winograd = den::packed_as(dtype, values, 0, block.channels, conv);
     block.convs = {conv};
     block.relu = relu;

@@ -46,7 +46,7 @@ BlockRunner<T>::BlockRunner(const ResidualBlock& block) : block_(block), kernels
             reads_x_ = conv.kernel == 1 && conv.stride == 1 && conv.groups == 1 && !block.pre_scale &&
                        channels % kWord<T> == 0 && !(block.projection.weight && block.x == block.out) &&
                        !has_half_words<T>(block.in_widths, block.levels);
-        maps_.emplace_back(shape, slack);
+        maps_.emplace_back(shape, slack, conv.lines);
         map_at_.push_back(workspace_floats_);
         // A multiple of a cache line, like all that follows.
         if (map_at_.size() > 1 || !reads_x_) workspace_floats_ += maps_.back().floats();

@@ -176,6 +176,7 @@ std::vector<ResidualBlock> Chain::layers_for(int channels, int height, int width
         const int hidden = layer.convs.front().out_channels;
         for (std::size_t i = 0; i < layer.convs.size(); ++i) {
             BlockConv& conv = layer.convs[i];
+            conv.lines = !layer.shortcut && keeps_lines(channels, conv.groups, conv.kernel);
             conv.winograd = packed_as(dtype_, *values++, int(i), i ? hidden : channels, conv);
             height = ceil_div(height, conv.stride), width = ceil_div(width, conv.stride);
         }

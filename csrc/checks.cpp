@@ -64,7 +64,8 @@ std::size_t winograd_packed_values(const std::string& dtype, int tile, int out_c
 }
 
 int packed_as(const std::string& dtype, std::int64_t values, int i, int in_channels, const BlockConv& conv) {
-    const int group_in = in_channels / conv.groups, taps = conv.kernel * conv.kernel;
+    const int columns = conv.lines ? conv.kernel : 1;  // that count as channels
+    const int group_in = in_channels / conv.groups * columns, taps = conv.kernel * conv.kernel / columns;
     if (values == std::int64_t(packed_values(dtype, conv.out_channels, group_in, taps, conv.groups))) return 0;
     bool takes = false;
     with_element(dtype, [&](auto element) {

@@ -5,19 +5,38 @@
 namespace den {
 
 template <class T>
-BasicBlockedMap<T>::BasicBlockedMap(const ConvShape& conv, Pair slack) : conv_(conv), slack_(slack) {
+BasicBlockedMap<T>::BasicBlockedMap(const ConvShape& conv, Pair slack, bool lines)
+    : conv_(conv), slack_(slack), lines_(lines), rows_(conv.height + 2 * conv.padding.y + slack.y) {
+    if (lines)
+        place_lines();
+    else
+        place_blocks();
+    const int columns = lines ? 1 : conv.kernel.x;  // taps of a row
+    for (int y = 0; y < conv.out_height(); ++y) {
+        const int top = y * conv.stride.y - conv.padding.y;  // image row that the first tap reads
+        int begin = 0, end = conv.kernel.y;
+        while (begin < end && top + begin * conv.dilation.y < 0) ++begin;
+        while (begin < end && top + (end - 1) * conv.dilation.y >= conv.height) --end;
+        row_taps_.push_back({begin * columns, end * columns});
+    }
+    std::vector<char> row_phase_read(conv.stride.y, 0);
+    for (int ky = 0; ky < conv.kernel.y; ++ky) row_phase_read[ky * conv.dilation.y % conv.stride.y] = 1;
+    for (int y = 0; y < rows_; ++y) read_rows_.push_back(row_phase_read[y % conv.stride.y]);
+}
+
+template <class T>
+void BasicBlockedMap<T>::place_blocks() {
     constexpr int block = kMapBlock<T>;
-    const int columns = conv.width + 2 * conv.padding.x + slack.x, phases = conv.stride.x;
+    const ConvShape& conv = conv_;
+    const int columns = conv.width + 2 * conv.padding.x + slack_.x, phases = conv.stride.x;
     const std::ptrdiff_t phase_pitch = std::ptrdiff_t(ceil_div(columns, phases)) * block;
-    rows_ = conv.height + 2 * conv.padding.y + slack.y;
     row_pitch_ = phases * phase_pitch;
     // An odd number of cache lines: the blocks of a pixel would else often fall into one set of the cache.
     block_pitch_ = rows_ * row_pitch_ + (rows_ * row_pitch_ / block % 2 == 0 ? block : 0);
     floats_ = std::size_t(ceil_div(conv.in_channels, block)) * block_pitch_ / kWord<T>;
 
-    std::vector<char> phase_read(phases, 0), row_phase_read(conv.stride.y, 0);
-    for (int ky = 0; ky < conv.kernel.y; ++ky) {
-        row_phase_read[ky * conv.dilation.y % conv.stride.y] = 1;
+    std::vector<char> phase_read(phases, 0);
+    for (int ky = 0; ky < conv.kernel.y; ++ky)
         for (int kx = 0; kx < conv.kernel.x; ++kx) {
             const int x = kx * conv.dilation.x;
             phase_read[x % phases] = 1;
@@ -25,15 +44,6 @@ BasicBlockedMap<T>::BasicBlockedMap(const ConvShape& conv, Pair slack) : conv_(c
             tap_edges_.push_back(x < conv.padding.x ? -1 : last >= conv.width ? 1 : 0);
             taps_.push_back(ky * conv.dilation.y * row_pitch_ + (x % phases) * phase_pitch + (x / phases) * block);
         }
-    }
-    for (int y = 0; y < rows_; ++y) read_rows_.push_back(row_phase_read[y % conv.stride.y]);
-    for (int y = 0; y < conv.out_height(); ++y) {
-        const int top = y * conv.stride.y - conv.padding.y;  // image row that the first tap reads
-        int begin = 0, end = conv.kernel.y;
-        while (begin < end && top + begin * conv.dilation.y < 0) ++begin;
-        while (begin < end && top + (end - 1) * conv.dilation.y >= conv.height) --end;
-        row_taps_.push_back({begin * conv.kernel.x, end * conv.kernel.x});
-    }
     for (int x = 0; x < columns; ++x) {
         columns_.push_back((x % phases) * phase_pitch + (x / phases) * block);
         read_columns_.push_back(phase_read[x % phases] ? columns_.back() : -1);
@@ -41,8 +51,37 @@ BasicBlockedMap<T>::BasicBlockedMap(const ConvShape& conv, Pair slack) : conv_(c
 }
 
 template <class T>
+void BasicBlockedMap<T>::place_lines() {
+    constexpr int block = kMapBlock<T>;
+    const int columns = conv_.width + 2 * conv_.padding.x;
+    // The last word of an odd number of channels reaches one beyond.
+    row_pitch_ = round_up(columns * conv_.in_channels + kWord<T> - 1, block);
+    block_pitch_ = block;  // channels of a tap follow each other
+    floats_ = std::size_t(rows_) * row_pitch_ / kWord<T>;
+    for (int ky = 0; ky < conv_.kernel.y; ++ky) taps_.push_back(ky * row_pitch_), tap_edges_.push_back(0);
+    for (int x = 0; x < columns; ++x) columns_.push_back(std::ptrdiff_t(x) * conv_.in_channels);
+    read_columns_ = columns_;
+}
+
+template <class T>
+void BasicBlockedMap<T>::zero_beside_lines(T* map) const {
+    const int rows = conv_.padding.y, left = conv_.padding.x * conv_.in_channels, filled = conv_.width * conv_.in_channels;
+    std::fill_n(map, rows * row_pitch_, T{});
+    std::fill_n(map + (rows_ - rows) * row_pitch_, rows * row_pitch_, T{});
+    for (int row = rows; row < rows_ - rows; ++row) {
+        T* line = map + row * row_pitch_;
+        std::fill_n(line, left, T{});
+        std::fill_n(line + left + filled, row_pitch_ - left - filled, T{});
+    }
+}
+
+template <class T>
 void BasicBlockedMap<T>::zero_border(T* map, int channels) const {
     constexpr int block = kMapBlock<T>;
+    if (lines_) {
+        if (channels > 0) zero_beside_lines(map);
+        return;
+    }
     const int top = conv_.padding.y, left = conv_.padding.x, columns = int(columns_.size());
     const int bottom = top + slack_.y, right = left + slack_.x;
     for (int b = 0; b < ceil_div(channels, block); ++b) {
@@ -70,6 +109,7 @@ BasicMapLoad<T> BasicBlockedMap<T>::load(T* map, const T* image, int pixel, int 
     load.out_block = block_pitch_;
     load.out_col = read_columns();
     load.row_read = read_rows();
+    if (lines_) load.width = 1, load.channels = conv_.width * channels;  // a whole line at once
     return load;
 }
 
@@ -90,6 +130,11 @@ BasicConvPass<T> BasicBlockedMap<T>::pass(const T* map, const T* weight, int act
     pass.active_in = conv_.groups == 1 ? active_in : conv_.group_in();
     pass.active_out = conv_.groups == 1 ? active_out : conv_.group_out();
     pass.width = conv_.out_width();
+    if (lines_) {
+        pass.in_pixel = conv_.stride.x * conv_.in_channels;
+        pass.taps = conv_.kernel.y;
+        pass.group_in = pass.active_in = conv_.kernel.x * conv_.in_channels;
+    }
     return pass;
 }
 

@@ -59,12 +59,18 @@ struct ConvShape {
     }
 };
 
-// The zero-padded blocked map that a convolution reads (see kernels.h), without its memory.
+// Whether a convolution's map is best kept as lines, [row][column][channel], of which the columns under the kernel are
+// the channels of one tap: a few channels would leave most of a block empty, and each tap a sum of a few products. Where
+// every sample reads all channels.
+inline bool keeps_lines(int channels, int groups, int kernel) { return channels <= 4 && groups == 1 && kernel > 1; }
+
+// The zero-padded map that a convolution reads, blocked (see kernels.h) or kept as lines, without its memory.
 template <class T>
 class BasicBlockedMap {
 public:
-    // `slack`: rows and columns of zeros behind the padding, for tiles that reach beyond the map.
-    explicit BasicBlockedMap(const ConvShape& conv, Pair slack = {0, 0});
+    // `slack`: rows and columns of zeros behind the padding, for tiles that reach beyond the map. With lines, neither
+    // slack nor dilation.
+    explicit BasicBlockedMap(const ConvShape& conv, Pair slack = {0, 0}, bool lines = false);
 
     std::size_t floats() const { return floats_; }  // of memory, whatever T is
     const ConvShape& conv() const { return conv_; }
@@ -79,7 +85,7 @@ public:
     const std::ptrdiff_t* read_columns() const { return read_columns_.data() + conv_.padding.x; }
     const char* read_rows() const { return read_rows_.data() + conv_.padding.y; }
 
-    // Writes the zeros around the image of the first `channels` channels. Nothing else ever writes them.
+    // Writes the zeros around the image of the first `channels` channels (lines: of all). Nothing else ever writes them.
     void zero_border(T* map, int channels) const;
 
     // The load of the first `channels` channels of an NHWC image of `pixel` channels into a map, without a norm.
@@ -90,8 +96,13 @@ public:
     BasicConvPass<T> pass(const T* map, const T* weight, int active_in, int active_out) const;
 
 private:
+    void place_blocks();
+    void place_lines();
+    void zero_beside_lines(T* map) const;
+
     ConvShape conv_;
     Pair slack_;
+    bool lines_;
     int rows_;
     std::ptrdiff_t row_pitch_, block_pitch_;
     std::size_t floats_;

@@ -11,6 +11,7 @@ struct BlockConv {
     const float* shift;   // [levels, out_channels]
     int out_channels, kernel, stride, groups;
     int winograd;  // outputs a side of its tiles (3x3, stride 1, one group), or 0: direct
+    bool lines = false;  // direct, and packed for a map kept as lines (geometry.h)
 };
 
 // out = shortcut(x) + conv_k(... relu(conv_1(h))), h = x or relu(pre_scale * x + pre_shift); each convolution is followed

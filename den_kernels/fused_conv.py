@@ -69,7 +69,8 @@ class FusedConv2d(PackedLayer):
         chosen = resolve(backend, weight.device, weight.dtype)
         self.backend: str = chosen.NAME
         self._tile_bounds: tuple[int, ...] = chosen.TILE_BOUNDS
-        self._names = self.register_forms("weight", chosen.pack_weights(weight.detach(), stride, groups, winograd))
+        forms = chosen.pack_weights(weight.detach(), stride, groups, winograd, dense_input=in_widths is None)
+        self._names = self.register_forms("weight", forms)
         # Zeros beyond a level's width, so that a scale and shift leave nothing there.
         made_L1 = torch.tensor(made, device=weight.device)[:, None]
         inside_LC = torch.arange(self.out_channels, device=weight.device) < made_L1

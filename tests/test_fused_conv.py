@@ -28,10 +28,10 @@ def _as_before():
 
 
 @st.composite
-def convolutions(draw) -> dict:
-    """A convolution of any kind, with a level for each sample."""
-    groups, levels = draw(st.sampled_from((1, 1, 1, 2, 4))), draw(st.integers(1, 3))
-    inputs, outputs = (groups * draw(st.integers(1, 70 // groups)) for _ in range(2))
+def convolutions(draw, image: bool = False) -> dict:
+    """A convolution of any kind, with a level for each sample. image: of the few channels of an image."""
+    groups, levels = 1 if image else draw(st.sampled_from((1, 1, 1, 2, 4))), draw(st.integers(1, 3))
+    inputs, outputs = (groups * draw(st.integers(1, most // groups)) for most in (5 if image else 70, 70))
 
     def ascending(most: int) -> list[int]:
         return sorted(draw(st.lists(st.integers(1, most), min_size=levels, max_size=levels)))
@@ -46,7 +46,7 @@ def convolutions(draw) -> dict:
     return {
         "shape": (n, inputs, draw(st.integers(1, 20)), draw(st.integers(1, 20))),
         "outputs": outputs,
-        "kernel": draw(st.sampled_from((1, 3, 3, 5))),
+        "kernel": draw(st.sampled_from((3, 5, 7) if image else (1, 3, 3, 5))),
         "in_widths": read if elastic in ("in", "both") and (groups == 1 or elastic == "both") else None,
         "out_widths": made if elastic in ("out", "both") else None,
         "stride": draw(st.sampled_from((1, 1, 2, 3))),
@@ -113,6 +113,15 @@ def test_equals_the_reference(backend: str, case: dict) -> None:
 def test_every_instruction_set_equals_the_reference(isa: str, dtype: torch.dtype, case: dict) -> None:
     if dtype == torch.bfloat16 and case["groups"] > 1 and case["shape"][1] // case["groups"] % 2:
         case = {**case, "groups": 1}  # bfloat16 is multiplied in pairs of channels: odd groups are refused
+    cpu.set_isa(isa)
+    check_equals_the_reference(case, dtype, "cpu")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@settings(max_examples=40, deadline=None)
+@given(case=convolutions(image=True))
+def test_a_first_convolution_equals_the_reference(isa: str, dtype: torch.dtype, case: dict) -> None:
     cpu.set_isa(isa)
     check_equals_the_reference(case, dtype, "cpu")
 

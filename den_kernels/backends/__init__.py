@@ -9,7 +9,8 @@ A backend is a module with
     fused_conv2d, residual_block, residual_chain    that of the inference forms
     TILE_BOUNDS                         descending; the class of a batch: how many its 4 x 4 tiles of outputs are below
                                         (at least one of them, where a map is no larger than 2 x 2)
-    pack_weights                        copies of weights as the blocks read them, a form for each class of batch
+    pack_weights                        copies of weights as the layers read them, a form for each class of batch
+                                        (dense_input: no shortcut, and every sample reads all input channels)
     gather                              packed weights moved to where a chain reads them best
     DENSE_IN_CHAIN                      whether a network's first convolution is faster in its chain than as PyTorch's
 

@@ -169,7 +169,7 @@ def conv2d_backward(
     return dx, dw, db
 
 
-def pack_weights(weight: Tensor, stride: int, groups: int, winograd: bool) -> list[Tensor]:
+def pack_weights(weight: Tensor, stride: int, groups: int, winograd: bool, dense_input: bool = False) -> list[Tensor]:
     """Copies of the weights as they are, [O, I, kh, kw], for every batch."""
     return [weight.clone(memory_format=torch.contiguous_format)]
 

@@ -16,6 +16,8 @@ from den_kernels.backends.cpu.native import DTYPES, extension
 # weights as they are about half of that.
 TILE_BOUNDS = (16, 3)
 _LARGE_WEIGHTS = 256 * 128, 512 * 256
+# Of images: see keeps_lines in csrc/geometry.h.
+_FEW_CHANNELS = 4
 # Channels of a group must fill blocks of the extension's maps, of either dtype.
 _WHOLE_BLOCKS = 32
 
@@ -37,8 +39,14 @@ def winograd_tile(weight: Tensor, stride: int, groups: int, batch_class: int) ->
     return tile
 
 
-def pack_weights(weight: Tensor, stride: int, groups: int, winograd: bool) -> list[Tensor]:
-    """Weights as `residual_block` reads them, for each class of batch; classes may share a tensor."""
+def pack_weights(weight: Tensor, stride: int, groups: int, winograd: bool, dense_input: bool = False) -> list[Tensor]:
+    """Weights as `residual_block` reads them, for each class of batch; classes may share a tensor.
+
+    dense_input: of a convolution without a shortcut, of which every sample reads all input channels.
+    """
+    if dense_input and groups == 1 and weight.shape[1] <= _FEW_CHANNELS and weight.shape[3] > 1:
+        # Columns under the kernel count as channels (keeps_lines of csrc/geometry.h).
+        weight = weight.permute(0, 3, 1, 2).flatten(1, 2)[..., None]
     tiles = [winograd_tile(weight, stride, groups, c) if winograd else 0 for c in range(len(TILE_BOUNDS) + 1)]
     packed = {tile: pack_weight(weight, groups, tile) for tile in set(tiles)}
     return [packed[tile] for tile in tiles]

@@ -98,7 +98,9 @@ def pack_weight(weight_OIHW: torch.Tensor, groups: int) -> torch.Tensor:
     return weight_OIHW.permute(0, 2, 3, 1).contiguous()
 
 
-def pack_weights(weight: torch.Tensor, stride: int, groups: int, winograd: bool) -> list[torch.Tensor]:
+def pack_weights(
+    weight: torch.Tensor, stride: int, groups: int, winograd: bool, dense_input: bool = False
+) -> list[torch.Tensor]:
     """`pack_weight`, for every batch; a copy, also where `pack_weight` has nothing to move."""
     return [weight.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)]
 
