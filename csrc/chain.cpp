@@ -6,13 +6,15 @@
 
 #include "block_job.h"
 #include "dispatch.h"
+#include "linear.h"
+#include "plan.h"
 #include "schedule.h"
 
 namespace den {
 
 namespace {
 
-constexpr int kHeader = 2;       // integers in front of those of the layers
+constexpr int kHeader = 3;       // integers in front of those of the layers
 constexpr int kLayer = 10;       // integers of a layer, in front of those of its convolutions
 constexpr int kConvolution = 4;  // integers of each convolution
 
@@ -82,16 +84,18 @@ void pool_largest(const ResidualBlock& layer) {
     }
 }
 
-// The calling thread's part of the pool behind the last layer.
+// The calling thread's part of the pool behind the last layer; `pitch` elements from one sample's to the next.
 template <class T>
-void average(const ResidualBlock& last, const GlobalPool& pool, T* out) {
+void average(const ResidualBlock& last, const GlobalPool& pool, T* out, int pitch) {
     const int channels = last.convs.back().out_channels;
     const int pixels = result_pixels(last);
     const T* maps = static_cast<const T*>(result(last));
 #pragma omp for schedule(static)
-    for (int n = 0; n < last.samples; ++n)
-        kernels<T>().pool({maps + std::ptrdiff_t(n) * pixels * channels, pixels, channels, pool.scale, pool.shift,
-                           out + std::ptrdiff_t(n) * channels});
+    for (int n = 0; n < last.samples; ++n) {
+        T* features = out + std::ptrdiff_t(n) * pitch;
+        std::fill(features + channels, features + pitch, T{});
+        kernels<T>().pool({maps + std::ptrdiff_t(n) * pixels * channels, pixels, channels, pool.scale, pool.shift, features});
+    }
 }
 
 }  // namespace
@@ -136,6 +140,10 @@ Chain::Chain(const std::string& dtype, const Addresses& addresses, const std::ve
         widths += levels;
         s += kLayer + kConvolution * convs;
         layers_.push_back(std::move(layer));
+    }
+    if (spec[2] && !layers_.empty()) {
+        head_ = layers_.back().convs;
+        layers_.pop_back();
     }
     if (layers_.empty()) fail("a chain has no layers; it must have at least one");
     if (pooled_ && spec[1]) {
@@ -183,7 +191,18 @@ std::vector<ResidualBlock> Chain::layers_for(int channels, int height, int width
         if (layer.max_pool) height = ceil_div(height, 2), width = ceil_div(width, 2);
         channels = layer.convs.back().out_channels;
     }
+    for (const BlockConv& head : head_) packed_as(dtype_, *values, 0, channels, head);
     return layers;
+}
+
+Ints Chain::plan(const std::int64_t* level, int samples) const {
+    const int blocks = choices();
+    int levels = 1;
+    for (const ResidualBlock& layer : layers_) levels = std::max(levels, layer.levels);
+    const std::size_t entries = std::size_t(blocks) * samples;
+    Ints plan(2 * entries), count(std::size_t(blocks) * levels);
+    plan_levels(level, samples, blocks, levels, plan.data(), plan.data() + entries, count.data());
+    return plan;
 }
 
 template <class T>
@@ -220,13 +239,18 @@ void Chain::run_as(const T* x, T* out, const int* level, const int* order, const
     for (const BlockRunner<T>& runner : sized->runners)
         if (BlockJob<T> job(runner); !job.empty()) jobs.push_back(std::move(job));
     float* memory = scratch_of(jobs);
+    std::vector<Linear<T>> head;
+    const int channels = layers.back().convs.back().out_channels;
+    for (const BlockConv& layer : head_) head.emplace_back(layer, channels, samples);
+    T* features = head.empty() ? out : elements<T>(scratch(Scratch::kFeatures, head[0].features_floats()));
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         for (const BlockJob<T>& job : jobs) {
             job.work(memory);
             if (job.block().max_pool) pool_largest<T>(job.block());
         }
-        if (pooled_) average(layers.back(), pool_, out);
+        if (pooled_) average(layers.back(), pool_, features, head.empty() ? channels : head[0].pitch());
+        for (const Linear<T>& linear : head) linear.work(features, out, threads);
     }
     give_back(std::move(sized));
 }
@@ -236,7 +260,13 @@ void Chain::run(std::uintptr_t x, std::uintptr_t out, std::uintptr_t level, std:
     if (sizes.size() != 4) fail("sizes must hold 4 integers");
     with_element(dtype_, [&](auto element) {
         using T = decltype(element);
-        run_as(at<const T>(x), at<T>(out), at<const int>(level), at<const int>(order), sizes, std::max(1, threads));
+        Ints planned;
+        const int *levels = at<const int>(level), *orders = at<const int>(order);
+        if (level && !order) {
+            planned = plan(at<const std::int64_t>(level), sizes[0]);
+            levels = planned.data(), orders = levels + planned.size() / 2;
+        }
+        run_as(at<const T>(x), at<T>(out), levels, orders, sizes, std::max(1, threads));
     });
 }
 

@@ -41,9 +41,9 @@ struct IdleLayers {
     std::vector<std::unique_ptr<SizedLayers<T>>> sized;
 };
 
-// Layers (residual blocks, and convolutions without a shortcut), and perhaps a pool behind them, as Python holds them:
-// addresses and sizes, no values. What is between layers is scratch memory. Throws std::invalid_argument for values that
-// do not fit.
+// Layers (residual blocks, and convolutions without a shortcut), perhaps a pool behind them and a fully connected layer
+// behind that, as Python holds them: addresses and sizes, no values. What is between layers is scratch memory. Throws
+// std::invalid_argument for values that do not fit.
 class Chain {
 public:
     // As den_kernels/chain.py flattens a chain.
@@ -51,8 +51,8 @@ public:
 
     // Layers with more than one level: those that levels are chosen for.
     int choices() const;
-    // level, order: [choices, samples]. sizes: samples, channels, height and width of x. With a pool `out` is [samples,
-    // channels], else the last layer's map.
+    // level, order: int [choices, samples]; or order 0, and level int64 [samples, choices]. sizes: samples, channels, height
+    // and width of x. With a pool `out` is [samples, channels], else the last layer's map.
     void run(std::uintptr_t x, std::uintptr_t out, std::uintptr_t level, std::uintptr_t order, const Ints& sizes,
              int threads) const;
 
@@ -63,6 +63,8 @@ private:
     void give_back(std::unique_ptr<SizedLayers<T>> sized) const;
     // Layers for images of that size; x and out of each are set later.
     std::vector<ResidualBlock> layers_for(int channels, int height, int width) const;
+    // The plan of levels [samples, choices]: level and order, [choices, samples] each, one behind the other.
+    Ints plan(const std::int64_t* level, int samples) const;
     template <class T>
     void run_as(const T* x, T* out, const int* level, const int* order, const Ints& sizes, int threads) const;
 
@@ -71,6 +73,7 @@ private:
     std::vector<std::int64_t> values_;  // of each packed weight
     bool pooled_;
     GlobalPool pool_{};
+    std::vector<BlockConv> head_;  // behind the pool: one, or none
     mutable std::tuple<IdleLayers<float>, IdleLayers<bf16>> idle_;
 };
 

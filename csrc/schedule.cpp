@@ -23,7 +23,7 @@ float* scratch(Scratch kind, std::size_t floats) {
         std::unique_ptr<float, Free> floats;
         std::size_t capacity = 0;
     };
-    thread_local Memory kinds[3];
+    thread_local Memory kinds[4];
     Memory& memory = kinds[int(kind)];
     if (floats > memory.capacity) {
         memory.floats.reset();  // before asking for more: the old contents are of no use

@@ -22,8 +22,8 @@ from den.budget import Budget
 from den.cuda_graph import StaticCalls, check_batches, check_capturable
 from den.estimator import HiddenTail, PoolTail, Stem, Tail, stem_stride
 from den.model import DEN, DENOutput, LevelLike, check_choice, check_images, check_task, check_tasks, choose
-from den.selector import Selector, SelectorBlock, budget_of, read_head, shrink
-from den.trunk import Trunk, first_conv
+from den.selector import Selector, SelectorBlock, budget_of, mask_levels, read_head, shrink
+from den.trunk import Trunk, first_conv, last_linear
 
 
 def freeze(
@@ -95,7 +95,9 @@ class FrozenDEN(nn.Module):
         self.blocks = nn.ModuleList(freeze_block(block, options) for block in blocks)
         self.tail = freeze_tail(cast(Tail, estimator.tail), dtype)
         self.trunk = Trunk(self.stem, self.blocks, self.tail)
-        self.heads = copy.deepcopy(estimator.heads).to(dtype).requires_grad_(False)
+        self.heads = nn.ModuleDict(
+            {task: last_linear(cast(nn.Linear, head), options) for task, head in estimator.heads.items()}
+        )
         self.selector = freeze_selector(model.selector, options)
         self.calls: StaticCalls | None = None  # set by `freeze`: how calls are replayed
         # The architecture without its weights, for cost tables; in __dict__ so that it is no part of this module.
@@ -131,7 +133,9 @@ class FrozenDEN(nn.Module):
         """As `DEN.forward_tasks`."""
         check_tasks(tasks, self.tasks, self.set_index)
         check_images(x, self.in_channels, self.device, "this model was frozen for")
-        inputs = check_choice(self.selector, x, level, budget, self.num_blocks, self.num_levels)
+        # A trunk that takes levels as they are checks them itself.
+        in_range = self.trunk.takes_levels
+        inputs = check_choice(self.selector, x, level, budget, self.num_blocks, self.num_levels, in_range)
         names = tuple(tasks)
         found = self.run(names, x, *inputs) if self.calls is None else self.calls(self.run, names, x, *inputs)
         level_NB, level_probs, *logits = found
@@ -147,8 +151,10 @@ class FrozenDEN(nn.Module):
         set_index = self.set_index[tasks[0]]
         x = x.to(self.dtype, memory_format=torch.channels_last)
         level_NB, level_probs = choose(self.selector, x, level_NB, budget_N)
-        plan = dk.plan_levels(level_NB, self.num_levels)
+        plan = level_NB.contiguous() if self.trunk.takes_levels else dk.plan_levels(level_NB, self.num_levels)
         stride = stem_stride(x.shape[2], x.shape[3], self.base_size)
+        if len(tasks) == 1:
+            return level_NB, level_probs, self.trunk(x, plan, set_index, stride, self.heads[tasks[0]])
         features = self.trunk(x, plan, set_index, stride)
         return level_NB, level_probs, *(self.heads[task](features) for task in tasks)
 
@@ -200,7 +206,7 @@ class FrozenSelector(nn.Module):
         blocks = cast("list[SelectorBlock]", list(selector.blocks))
         self.blocks = nn.ModuleList(_freeze_selector_block(block, options) for block in blocks)
         self.trunk = Trunk(self.conv, self.blocks, dk.FusedPool())
-        self.head = copy.deepcopy(selector.head).to(dtype).requires_grad_(False)
+        self.head = last_linear(selector.head, options)
         self.condition = (
             copy.deepcopy(selector.condition).to(dtype).requires_grad_(False) if selector.condition else None
         )
@@ -210,6 +216,8 @@ class FrozenSelector(nn.Module):
         """Logits [N, B, L] of images x [N, C, H, W]; see `Selector.forward`."""
         budget_N = budget_of(self.condition, budget, x)
         x, stride = shrink(x, self.spec)
+        if budget_N is None:
+            return mask_levels(self.trunk(x, None, 0, stride, self.head), self.num_blocks, self.level_mask)
         features = self.trunk(x, None, 0, stride)
         return read_head(self.head, self.condition, features, budget_N, self.num_blocks, self.level_mask)
 

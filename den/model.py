@@ -109,17 +109,23 @@ class DEN(nn.Module):
 
 
 def check_choice(
-    selector: nn.Module, x: Tensor, level: LevelLike | None, budget: Budget | None, num_blocks: int, num_levels: int
+    selector: nn.Module,
+    x: Tensor,
+    level: LevelLike | None,
+    budget: Budget | None,
+    num_blocks: int,
+    num_levels: int,
+    in_range: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Who decides: the caller's levels [N, B], or (None) the selector, at a budget [N] if it is told one.
 
-    See `DEN.forward` for what is raised.
+    in_range: what takes the levels checks their values. See `DEN.forward` for what is raised.
     """
     if level is None:
         return None, budget_of(getattr(selector, "condition", None), budget, x)
     if budget is not None:
         raise ValueError("level and budget are both given; a budget is for the selector, which a level stands for")
-    return check_level(level, x, num_blocks, num_levels), None
+    return check_level(level, x, num_blocks, num_levels, in_range), None
 
 
 def choose(
@@ -316,8 +322,8 @@ def check_images(x: Any, in_channels: int, device: torch.device, whose: str = "t
         raise ValueError(f"x is on {x.device}, but {whose} {device}; they must be together")
 
 
-def check_level(level: LevelLike, x: Tensor, num_blocks: int, num_levels: int) -> Tensor:
-    """Levels as the estimator reads them: int64 [N, B] on x's device, in range.
+def check_level(level: LevelLike, x: Tensor, num_blocks: int, num_levels: int, in_range: bool = False) -> Tensor:
+    """Levels as the estimator reads them: int64 [N, B] on x's device, in range (if they are in range already, as told).
 
     level: integers [N, B], or [B] for every sample alike. See `DEN.forward` for what is raised.
     """
@@ -335,7 +341,9 @@ def check_level(level: LevelLike, x: Tensor, num_blocks: int, num_levels: int) -
     if level.device != x.device:
         raise ValueError(f"level is on {level.device}, but x is on {x.device}; move one of them")
     level = level.to(torch.int64)
-    if level.device.type == "cpu" and not torch.compiler.is_compiling():
+    if in_range:
+        pass
+    elif level.device.type == "cpu" and not torch.compiler.is_compiling():
         if level.numel():
             low, high = (int(end) for end in torch.aminmax(level))
             if low < 0 or high >= num_levels:

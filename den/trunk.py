@@ -7,6 +7,7 @@ Suffixes: N samples, C channels, H W space, B blocks, T sets of batch-norm stati
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterable
 
@@ -19,6 +20,7 @@ from den.blocks.forms import FreezeOptions, fold, register_conv
 from den.estimator import stem_pool
 
 Fused = dk.FusedConv2d | dk.FusedResidualBlock
+Plan = dk.LevelPlan | Tensor  # or the levels [N, B] that it is made of
 
 
 class FirstConv(nn.Module):
@@ -70,10 +72,19 @@ def first_conv(
     )
 
 
+def last_linear(linear: nn.Linear, options: FreezeOptions) -> dk.FusedLinear | nn.Linear:
+    """The inference form of a linear layer behind a tail: the end of the chain in front of it where that is faster."""
+    weight = linear.weight.detach()
+    if not dk.joins_chain(options.backend, weight.device, options.dtype):
+        return copy.deepcopy(linear).to(options.dtype).requires_grad_(False)
+    return dk.FusedLinear(weight.to(options.dtype), linear.bias, backend=options.backend)
+
+
 class Trunk:
     """A first convolution, blocks and a tail in their order; each of the ends may be missing.
 
-    first: from `first_conv`. blocks: from `freeze_block`. tail: from `freeze_tail`.
+    first: from `first_conv`. blocks: from `freeze_block`. tail: from `freeze_tail`. takes_levels: whether a call takes
+    levels as they are, in place of a plan.
     """
 
     def __init__(self, first: nn.Module | None, blocks: Iterable[nn.Module], tail: nn.Module | None = None):
@@ -94,28 +105,45 @@ class Trunk:
             else:
                 self.steps += members
                 self.rows += [[numbers[id(layer)]] if id(layer) in numbers else [] for layer in members]
+        self.num_blocks = len(blocks)
+        self.takes_levels = len(self.steps) == 1 and first is not None and isinstance(first, dk.FusedConv2d)
 
-    def __call__(self, x: Tensor, plan: dk.LevelPlan | None, set_index: int, entry_stride: int = 1) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        plan: Plan | None,
+        set_index: int,
+        entry_stride: int = 1,
+        head: nn.Module | None = None,
+    ) -> Tensor:
         """x [N, C, H, W] channels_last, never overwritten -> the tail's features, or the last block's map.
 
-        plan: of the blocks; None where none has levels. entry_stride: of what comes first, times its own.
+        plan: of the blocks, or their levels [N, B] if it takes these; None where none has levels. entry_stride: of what
+        comes first, times its own. head: from `last_linear`, of the features.
         """
         for step, rows in zip(self.steps, self.rows, strict=True):
             if isinstance(step, dk.FusedChain):
                 own = entry_stride * step.layers[0].strides[0] if step.layers[0] is self.first else None
-                x = step(x, _rows_of(plan, rows), set_index, own)
-            elif plan is not None and rows:
+                end = None
+                if isinstance(head, dk.FusedLinear) and step is self.steps[-1] and step.pool is not None:
+                    head, end = None, head
+                x = step(x, _rows_of(plan, rows, self.num_blocks), set_index, own, end)
+            elif isinstance(plan, dk.LevelPlan) and rows:
                 x = step(x, *plan.block(rows[0]), set_index, entry_stride)
             else:
                 x = step(x, set_index, entry_stride) if step is self.first else step(x, set_index)
             entry_stride = 1
-        return x
+        return x if head is None else head(x)
 
 
-def _rows_of(plan: dk.LevelPlan | None, rows: list[int]) -> dk.LevelPlan | None:
-    """The plan of these blocks."""
+def _rows_of(plan: Plan | None, rows: list[int], num_blocks: int) -> Plan | None:
+    """The plan, or the levels, of these blocks; None of none."""
     if plan is None or not rows:
         return None
+    if len(rows) == num_blocks:
+        return plan
+    if isinstance(plan, Tensor):
+        return plan[:, rows].contiguous()
     if rows[-1] - rows[0] + 1 == len(rows):
         return dk.LevelPlan(*(part[rows[0] : rows[-1] + 1] for part in plan))
     return dk.LevelPlan(*(torch.stack([part[row] for row in rows]) for part in plan))

@@ -10,6 +10,7 @@ from den_kernels.functional import den_conv2d, plan_levels
 from den_kernels.fused import FusedResidualBlock
 from den_kernels.fused_chain import FusedChain, joins_chain
 from den_kernels.fused_conv import FusedConv2d
+from den_kernels.fused_linear import FusedLinear
 from den_kernels.fused_pool import FusedPool
 from den_kernels.modules import DENBatchNorm2d, DENConv2d, DENLinear
 from den_kernels.packed import gather_weights
@@ -24,6 +25,7 @@ __all__ = [
     "DENLinear",
     "FusedChain",
     "FusedConv2d",
+    "FusedLinear",
     "FusedPool",
     "FusedResidualBlock",
     "LevelPlan",

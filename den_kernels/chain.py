@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from den_kernels.block import BlockArguments, output_shape
 from den_kernels.fused_pool import global_pool
+from den_kernels.plan import plan_levels
 
 
 class ConvArguments(NamedTuple):
@@ -46,24 +47,30 @@ class ConvArguments(NamedTuple):
 Layer = BlockArguments | ConvArguments
 Tables = tuple[Tensor, ...]  # of a pool: its scale and shift [C], or nothing
 
-_HEADER, _LAYER = 2, 10  # integers in front of the layers, and of each in front of its convolutions
+_HEADER, _LAYER = 3, 10  # integers in front of the layers, and of each in front of its convolutions
 
 
-def flatten(layers: Sequence[Layer], pool: Tables | None = None) -> tuple[list[Tensor], str]:
-    """The layers, and the pool that ends them if any, as a few tensors and a text that tells how to take them apart.
+def flatten(
+    layers: Sequence[Layer], pool: Tables | None = None, head: ConvArguments | None = None
+) -> tuple[list[Tensor], str]:
+    """The layers, the pool that ends them if any, and the linear layer behind that, if any, as a 1x1 convolution: as a
+    few tensors and a text that tells how to take them apart.
 
-    The text holds integers (as a list they would cost a call more than small layers do): whether there is a pool and
-    whether it has a norm; then of each layer: convolutions k, input, hidden and output channels, levels, whether there
-    is a norm in front, a ReLU behind, a projection, a shortcut (or the layer is a convolution), and a max pool behind,
-    then k each of kernel sizes, strides, groups and the numbers of packed weights. The tensors: all widths; all tables,
-    of each layer k scales and k shifts, the norm in front, the scale and shift of the projection, and last those of the
-    pool; then each layer's weights, that of the projection last.
+    The text holds integers (as a list they would cost a call more than small layers do): whether there is a pool,
+    whether it has a norm, and whether the last layer is the one behind it; then of each layer: convolutions k, input,
+    hidden and output channels, levels, whether there is a norm in front, a ReLU behind, a projection, a shortcut (or
+    the layer is a convolution), and a max pool behind, then k each of kernel sizes, strides, groups and the numbers
+    of packed weights. The tensors: all widths; all tables, of each layer k scales and k shifts, the norm in front,
+    the scale and shift of the projection, and last those of the pool; then each layer's weights, that of the
+    projection last.
     """
     widths: list[Tensor] = []
     tables: list[Tensor] = []
     weights: list[Tensor] = []
-    spec = [int(pool is not None), int(bool(pool))]
-    for layer in layers:
+    if head is not None and pool is None:
+        raise ValueError("head stands behind a pool, and pool is None")
+    spec = [int(pool is not None), int(bool(pool)), int(head is not None)]
+    for layer in (*layers, *(() if head is None else (head,))):
         shortcut = isinstance(layer, BlockArguments)
         block = layer if isinstance(layer, BlockArguments) else _as_block(layer)
         widths.append(block.widths)
@@ -96,8 +103,16 @@ def read_spec(spec: str) -> tuple[int, ...]:
     return tuple(map(int, spec.split()))
 
 
-def unflatten(tensors: Sequence[Tensor], spec: str) -> tuple[list[Layer], Tables | None]:
-    """The layers and the pool that `flatten` took apart: views of its tensors."""
+class Flattened(NamedTuple):
+    """What `flatten` took apart."""
+
+    layers: list[Layer]
+    pool: Tables | None
+    head: ConvArguments | None
+
+
+def unflatten(tensors: Sequence[Tensor], spec: str) -> Flattened:
+    """What `flatten` was given, as views of its tensors."""
     all_widths, all_tables, *weights = tensors
     layers: list[Layer] = []
     w = width = table = 0
@@ -121,9 +136,10 @@ def unflatten(tensors: Sequence[Tensor], spec: str) -> tuple[list[Layer], Tables
             window = kernel_size[0], stride[0], groups[0]
             layers.append(ConvArguments(weights[w], scale[0], shift[0], *window, bool(relu), bool(max_pool)))
         w, width = w + k + projected, width + levels
-    pooled, normed = read_spec(spec)[:_HEADER]
+    pooled, normed, headed = read_spec(spec)[:_HEADER]
+    head = cast(ConvArguments, layers.pop()) if headed else None
     channels = layers[-1].output[0]
-    return layers, tuple(take(channels) for _ in range(2 * normed)) if pooled else None
+    return Flattened(layers, tuple(take(channels) for _ in range(2 * normed)) if pooled else None, head)
 
 
 def _layers(spec: Sequence[int]) -> Iterator[Sequence[int]]:
@@ -145,7 +161,7 @@ def _output_shape(shape: tuple[int, ...], spec: str) -> tuple[int, ...]:
 
 
 def chain_output(x: Tensor, spec: str) -> Tensor:
-    """An empty tensor for what a chain makes of x [N, C, H, W]: a channels_last map, or with a pool [N, C]."""
+    """An empty tensor for what a chain makes of x [N, C, H, W]: a channels_last map, with a pool [N, C], or [N, K]."""
     # What torch.compile traces with may be symbols, which cannot be looked up.
     known = all(type(size) is int for size in x.shape)
     shape = (_output_shape if known else _output_shape.__wrapped__)(tuple(x.shape), spec)
@@ -157,7 +173,12 @@ def chain_output(x: Tensor, spec: str) -> Tensor:
 def plan_rows(
     layers: Sequence[Layer], samples: int, level: Tensor | None, order: Tensor | None, count: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Level [N], order [N] and count [L] of each layer: the plan's next row, or for a layer of one level that level."""
+    """Level [N], order [N] and count [L] of each layer: the plan's next row, or for a layer of one level that level.
+
+    level: of a plan, [B, N]; or without an order, levels [N, B].
+    """
+    if level is not None and order is None:
+        level, order, count = plan_levels(level, max(layer.levels for layer in layers))
     rows = iter(()) if level is None or order is None or count is None else zip(level, order, count, strict=True)
 
     @functools.cache
@@ -169,11 +190,16 @@ def plan_rows(
         yield next(rows) if layer.levels > 1 else only_level(layer.scale[0].device)
 
 
+def as_pixels(features: Tensor) -> Tensor:
+    """Features [N, C], contiguous, as a channels_last image [1, C, 1, N] of a pixel for each sample."""
+    return features.view(1, 1, *features.shape).permute(0, 3, 1, 2)
+
+
 def one_by_one(residual_block: Callable[..., None], fused_conv2d: Callable[..., None]) -> Callable[..., None]:
     """A backend's `residual_chain`, a chain in one call, from what it runs a layer with."""
 
     def residual_chain(x: Tensor, out: Tensor, level, order, count, tensors, spec: str) -> None:
-        layers, pool = unflatten(tensors, spec)
+        layers, pool, head = unflatten(tensors, spec)
         for i, (plan, layer) in enumerate(zip(plan_rows(layers, x.shape[0], level, order, count), layers, strict=True)):
             channels, stride = layer.output
             pools = isinstance(layer, ConvArguments) and layer.max_pool
@@ -190,7 +216,11 @@ def one_by_one(residual_block: Callable[..., None], fused_conv2d: Callable[..., 
             else:
                 fused_conv2d(x, y, *plan[:2], None, None, *layer[:-1])
             x = F.max_pool2d(y, 3, 2, 1) if pools else y
-        if pool is not None:
+        if pool is not None and head is not None:
+            only = torch.zeros(1, dtype=torch.int32, device=x.device)
+            features = as_pixels(global_pool(x, pool))
+            fused_conv2d(features, as_pixels(out), only, only, None, None, *head[:-1])
+        elif pool is not None:
             global_pool(x, pool, out)
         elif x is not out:
             out.copy_(x)

@@ -17,6 +17,7 @@ from den_kernels.block import output_shape
 from den_kernels.chain import ConvArguments, Layer, flatten
 from den_kernels.fused import FusedResidualBlock
 from den_kernels.fused_conv import FusedConv2d
+from den_kernels.fused_linear import FusedLinear
 from den_kernels.fused_pool import FusedPool
 from den_kernels.packed import gather_weights
 from den_kernels.plan import LevelPlan
@@ -25,11 +26,12 @@ Flat = tuple[list[Tensor], str]  # from `flatten`
 
 
 def joins_chain(backend: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a network's first, dense convolution is faster as a layer of the backend's chain than PyTorch's own.
+    """Whether a network's ends (its first, dense convolution, its linear layer, the plan of its levels) are faster in
+    the backend's chain than as operators of their own.
 
     See `backends.resolve` for the arguments and what is raised.
     """
-    return resolve(backend, device, dtype).DENSE_IN_CHAIN
+    return resolve(backend, device, dtype).ENDS_IN_CHAIN
 
 
 class FusedChain:
@@ -53,35 +55,42 @@ class FusedChain:
         gather_weights(self.layers)
         # What calls hand to the operator, for as long as no layer changes.
         self._versions: list[int] = []
-        self._classes: dict[tuple, tuple[int, ...]] = {}  # by shape
+        self._classes: dict[tuple, tuple[int, ...]] = {}  # by shape and stride
         self._flat: dict[tuple, Flat] = {}
 
     def __call__(
-        self, x: Tensor, plan: LevelPlan | None = None, set_index: int = 0, entry_stride: int | None = None
+        self,
+        x: Tensor,
+        plan: LevelPlan | Tensor | None = None,
+        set_index: int = 0,
+        entry_stride: int | None = None,
+        head: FusedLinear | None = None,
     ) -> Tensor:
-        """The last layer's map, channels_last, or with a pool [N, C].
+        """The last layer's map, channels_last, with a pool [N, C], or with a head [N, K].
 
-        x: [N, C, H, W] channels_last, never overwritten. plan: of the layers that have more than one level; None where
-        none has. entry_stride: of the first layer, a convolution, in place of its own; see `FusedConv2d.forward`.
+        x: [N, C, H, W] channels_last, never overwritten. plan: of the layers that have more than one level, or just
+        their levels, int64 [N, B]; None where none has. entry_stride: of the first layer, a convolution, in place of
+        its own; see `FusedConv2d.forward`. head: what stands behind the pool.
         """
         entry = tuple(x.shape), entry_stride
         if torch.compiler.is_compiling():  # what is kept would be guarded on, and compiled anew once it is there
-            flat = self._flatten(set_index, entry_stride, self._batch_classes(*entry))
+            flat = self._flatten(set_index, entry_stride, self._batch_classes(*entry), head)
         else:
-            flat = self._kept(set_index, *entry)
-        rows = (None, None, None) if plan is None else plan
+            flat = self._kept(set_index, *entry, head)
+        rows = (plan, None, None) if plan is None or isinstance(plan, Tensor) else plan
         return torch.ops.den_kernels.residual_chain(x, *rows, *flat, self.backend)
 
-    def _kept(self, set_index: int, shape: tuple[int, ...], entry_stride: int | None) -> Flat:
+    def _kept(self, set_index: int, shape: tuple[int, ...], entry_stride: int | None, head: FusedLinear | None) -> Flat:
         """`_flatten`, kept for as long as no layer changes: it costs more than the call."""
         versions = [layer.version for layer in self.layers]
         if versions != self._versions:
             self._versions, self._classes, self._flat = versions, {}, {}
         if (shape, entry_stride) not in self._classes:
             self._classes[shape, entry_stride] = self._batch_classes(shape, entry_stride)
-        key = set_index, entry_stride, self._classes[shape, entry_stride]
+        classes = self._classes[shape, entry_stride]
+        key = set_index, entry_stride, classes, head, None if head is None else head.version
         if key not in self._flat:
-            self._flat[key] = self._flatten(*key)
+            self._flat[key] = self._flatten(set_index, entry_stride, classes, head)
         return self._flat[key]
 
     def _batch_classes(self, shape: tuple[int, ...], entry_stride: int | None) -> tuple[int, ...]:
@@ -93,10 +102,13 @@ class FusedChain:
             shape = output_shape(shape, layer.out_channels, (stride, layer.pool_stride))
         return tuple(classes)
 
-    def _flatten(self, set_index: int, entry_stride: int | None, classes: tuple[int, ...]) -> Flat:
+    def _flatten(
+        self, set_index: int, entry_stride: int | None, classes: tuple[int, ...], head: FusedLinear | None
+    ) -> Flat:
         arguments: list[Layer] = [
             layer.arguments(set_index, batch_class) for layer, batch_class in zip(self.layers, classes, strict=True)
         ]
         if entry_stride and isinstance(arguments[0], ConvArguments):
             arguments[0] = arguments[0]._replace(stride=entry_stride)
-        return flatten(arguments, None if self.pool is None else self.pool.tables(set_index))
+        pool = None if self.pool is None else self.pool.tables(set_index)
+        return flatten(arguments, pool, None if head is None else head.arguments())

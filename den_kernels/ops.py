@@ -367,7 +367,7 @@ def _residual_block_flop(x, level, order, count, *rest, **_) -> int:
 @register_flop_formula(torch.ops.den_kernels.residual_chain, get_raw=True)
 def _residual_chain_flop(x, level, order, count, tensors, spec, backend, **_) -> int:
     total, shape = 0, x.shape
-    layers = unflatten(tensors, spec)[0]
+    layers, head = (flat := unflatten(tensors, spec)).layers, flat.head
     for (level_N, *_plan), layer in zip(plan_rows(layers, x.shape[0], level, order, count), layers, strict=True):
         channels, stride = layer.output
         if isinstance(layer, BlockArguments):
@@ -378,6 +378,8 @@ def _residual_chain_flop(x, level, order, count, tensors, spec, backend, **_) ->
         pairs = _pairs(shape[0], shape[1], channels, None, None, layer.groups)
         total += 2 * pixels * layer.kernel_size**2 * pairs
         shape = output_shape(shape, channels, (stride,))
+    if head is not None:
+        total += 2 * shape[0] * shape[1] * head.output[0]
     return total
 
 

@@ -33,7 +33,8 @@ def make_chain(
             normal(channels, 3, 3, 3).to(dtype) / 5, *tables(1), stride=2, relu=True, max_pool=max_pool, **form
         )
     ]
-    for widths in (WIDTHS, (channels,), WIDTHS):
+    choice = (*WIDTHS[:-1], channels)
+    for widths in (choice, (channels,), choice):
         weights = [normal(channels, channels, 3, 3).to(dtype) / 10 for _ in range(2)]
         scale, shift = zip(*(tables(len(widths)) for _ in weights), strict=True)
         layers.append(dk.FusedResidualBlock(weights, scale, shift, widths, strides=[1, 1], relu=True, **form))
@@ -194,10 +195,78 @@ def test_a_plan_of_other_blocks_is_refused():
 def test_opcheck_and_flops(backend, max_pool):
     chain = make_chain(backend, torch.float32, "norm", max_pool=max_pool)
     x, plan = images(2, torch.float32), dk.plan_levels(torch.tensor([[0, 2], [1, 2]]), len(WIDTHS))
-    flat = chain._kept(0, tuple(x.shape), None)
+    flat = chain._kept(0, tuple(x.shape), None, None)
     torch.library.opcheck(torch.ops.den_kernels.residual_chain.default, (x, *plan, *flat, backend))
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         chain(x, plan)
     pixels, pairs = 6 * 3, CHANNELS * sum(2 * width for width in (0, 5, 12, 12, CHANNELS, CHANNELS))
     pooled = 3 * 2 if max_pool else pixels
     assert counter.get_total_flops() == 2 * 9 * (2 * 3 * CHANNELS * pixels + pairs * pooled)
+
+
+@pytest.mark.parametrize("classes", [1, 10, 37])
+@pytest.mark.parametrize("channels", [7, 12, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_a_head_in_the_chain_is_the_head_by_itself(backend, dtype, channels, classes):
+    """And it is a linear layer in float64, whatever the number of threads and samples."""
+    torch.manual_seed(channels)
+    chain = make_chain(backend, dtype, "norm", channels=channels)
+    weight, bias = torch.randn(classes, channels).to(dtype), torch.randn(classes)
+    head = dk.FusedLinear(weight, bias, backend=backend)
+    level = torch.randint(len(WIDTHS), (25, 2))
+    x, plan = images(25, dtype), dk.plan_levels(level, len(WIDTHS))
+    features, y = chain(x, plan), chain(x, plan, head=head)
+    assert y.shape == (25, classes)
+    assert torch.equal(y, head(features)), "by itself"
+    wanted = features.double() @ weight.double().T + bias.double()
+    bound = 1e-6 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(y.double(), wanted, rtol=bound, atol=bound * wanted.abs().max().item())
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        chain(x, plan)
+        without = counter.get_total_flops()
+        chain(x, plan, head=head)
+    assert counter.get_total_flops() == 2 * without + 2 * 25 * channels * classes
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        if backend == "cpu":
+            assert torch.equal(chain(x, plan, head=head), y), "3 threads"
+    finally:
+        torch.set_num_threads(threads)
+    head.move_packed({name: torch.zeros_like(tensor) for name, tensor in head.packed().items()})
+    torch.testing.assert_close(chain(x, plan, head=head).float(), bias.to(dtype).float().expand(25, -1))
+
+
+@isas
+def test_a_head_of_any_instruction_set(isa):
+    cpu.set_isa(isa)
+    for dtype in (torch.float32, torch.bfloat16):
+        test_a_head_in_the_chain_is_the_head_by_itself("cpu", dtype, 33, 37)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_levels_in_place_of_their_plan(backend):
+    chain = make_chain(backend, torch.float32, "norm")
+    x, level = images(6, torch.float32), torch.randint(len(WIDTHS), (6, 2))
+    wanted = chain(x, dk.plan_levels(level, len(WIDTHS)))
+    assert torch.equal(chain(x, level), wanted)
+    counts = []
+    for plan in (level, dk.plan_levels(level, len(WIDTHS))):
+        with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+            chain(x, plan)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1]
+    flat = chain._kept(0, tuple(x.shape), None, None)
+    torch.library.opcheck(torch.ops.den_kernels.residual_chain.default, (x, level, None, None, *flat, backend))
+
+
+def test_levels_that_do_not_fit_are_named():
+    chain = make_chain("cpu", torch.float32, "norm")
+    x = images(2, torch.float32)
+    with pytest.raises(ValueError, match=r"level\[1, 0\] is 3; it must be between 0 and 2"):
+        chain(x, torch.tensor([[0, 1], [3, 0]]))
+    with pytest.raises(ValueError, match=r"shape \(2, 3\); .* of shape \(2, 2\)"):
+        chain(x, torch.zeros(2, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"level is torch.int32"):
+        chain(x, torch.zeros(2, 2, dtype=torch.int32))

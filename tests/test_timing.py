@@ -97,7 +97,8 @@ def test_results_that_differ_are_not_timed(model):
     with pytest.raises(RuntimeError, match=r"the frozen DEN and the dense network differ by .*nothing was timed"):
         timing.check_equal(model, frozen, plain, x, "a")
     with torch.no_grad():
-        frozen.heads["a"].weight.fill_(float("nan"))
+        for parameter in (*frozen.heads["a"].parameters(), *frozen.heads["a"].buffers()):
+            parameter.fill_(float("nan"))
     with pytest.raises(RuntimeError, match="differ by nan"):
         timing.check_equal(model, frozen, den.dense(model, "a"), x, "a")
 

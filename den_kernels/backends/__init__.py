@@ -12,7 +12,8 @@ A backend is a module with
     pack_weights                        copies of weights as the layers read them, a form for each class of batch
                                         (dense_input: no shortcut, and every sample reads all input channels)
     gather                              packed weights moved to where a chain reads them best
-    DENSE_IN_CHAIN                      whether a network's first convolution is faster in its chain than as PyTorch's
+    ENDS_IN_CHAIN                       whether a network's first convolution, linear layer and plan are faster in its
+                                        chain than as operators of their own
 
 and, where it has its own: conv2d_add; batch_norm and batch_norm_backward; plan_levels ("triton" and "cpu").
 

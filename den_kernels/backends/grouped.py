@@ -25,7 +25,7 @@ from den_kernels.chain import one_by_one
 
 NAME = "grouped"
 TILE_BOUNDS = ()
-DENSE_IN_CHAIN = False
+ENDS_IN_CHAIN = False
 CHUNKS_PER_BATCH = 8
 
 

@@ -11,7 +11,7 @@ from den_kernels.chain import one_by_one
 
 NAME = "reference"
 TILE_BOUNDS = ()
-DENSE_IN_CHAIN = False
+ENDS_IN_CHAIN = False
 
 
 def unavailable() -> str | None:

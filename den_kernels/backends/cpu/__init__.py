@@ -25,7 +25,7 @@ from den_kernels.block import BlockArguments
 from den_kernels.chain import flatten, read_spec
 
 __all__ = [
-    "DENSE_IN_CHAIN",
+    "ENDS_IN_CHAIN",
     "NAME",
     "TILE_BOUNDS",
     "batch_norm",
@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 NAME = "cpu"
-DENSE_IN_CHAIN = True
+ENDS_IN_CHAIN = True
 
 Pair = tuple[int, int]
 
@@ -340,13 +340,17 @@ def residual_chain(
     """A chain of layers in one call; the maps between them are scratch memory of the extension.
 
     x, out: float32 or bfloat16; out may be x when there is one block and the shapes agree. level, order: int32 [B, N]
-    (or [N] for one block), contiguous, of the layers that have more than one level; None where none has. tensors, spec:
+    (or [N] for one block), contiguous, of the layers that have more than one level; None where none has. Without an
+    order, level is int64 [N, B], contiguous, and the extension makes the plan. tensors, spec:
     from `den_kernels.chain.flatten`, with weights from `pack_weight`, scales and shifts float32, contiguous. Raises
     ValueError for a level, an order or widths out of range, or packed weights of another shape.
     """
     N, C, H, W = x.shape
     chain = _chain(DTYPES[x.dtype], tuple(t.data_ptr() for t in tensors), spec)
-    _check_plan(level, order, N, chain.choices)
+    if level is not None and order is None:
+        _check_levels(level, (N, chain.choices))
+    else:
+        _check_plan(level, order, N, chain.choices)
     if not x.is_contiguous(memory_format=torch.channels_last):
         x = x.contiguous(memory_format=torch.channels_last)
     in_layout = out.dim() == 2 or out.is_contiguous(memory_format=torch.channels_last)
@@ -371,6 +375,14 @@ def _check_plan(level: Tensor | None, order: Tensor | None, samples: int, blocks
                 f"{name} is {given}; it must be contiguous torch.int32 of shape ({samples},), one entry a sample, for "
                 f"each of {blocks} blocks: use plan_levels(...)"
             )
+
+
+def _check_levels(level: Tensor, shape: tuple[int, int]) -> None:
+    if level.dtype != torch.int64 or tuple(level.shape) != shape or not level.is_contiguous():
+        raise ValueError(
+            f"level is {level.dtype} of shape {tuple(level.shape)}; without an order it must be contiguous torch.int64 "
+            f"of shape {shape}, samples by blocks"
+        )
 
 
 def _is_plan(level: Tensor, order: Tensor, levels: int) -> bool:

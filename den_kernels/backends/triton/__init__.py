@@ -19,7 +19,7 @@ from den_kernels.chain import one_by_one
 
 NAME = "triton"
 TILE_BOUNDS = ()
-DENSE_IN_CHAIN = False
+ENDS_IN_CHAIN = False
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _OLDEST_TRITON = (3, 3)
 _OLDEST_CAPABILITY = (8, 0)
