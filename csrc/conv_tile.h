@@ -175,6 +175,8 @@ void tile(const den::BasicConvPass<T>& pass, const TileAt<T>& at) {
 
     const bool first_column = at.col == 0 && pass.tap_edges, last_column = at.col + Q == pass.width && pass.tap_edges;
     const T* weight = at.weight;
+    // An image that is read as it lies, once, is in no cache yet: the lines of the next tile are asked for.
+    const bool first_reading = pass.in_block == block && pass.taps == 1 && at.first_out == 0;
     for (int done = 0; done < pass.active_in;) {
         // A run of input channels inside one block; a group may begin in the middle of a block.
         const int c0 = at.first_in + done;
@@ -189,6 +191,9 @@ void tile(const den::BasicConvPass<T>& pass, const TileAt<T>& at) {
         for (int t = at.taps.begin; t < at.taps.end; ++t) {
             const T* x = in + pass.tap[t];
             const T* w = weight + t * tap_weights;
+            if (first_reading)
+                for (int r = 0; r < R; ++r)
+                    for (int q = 0; q < Q; ++q) __builtin_prefetch(x + r * in_row + (Q + q) * in_pixel, 0, 2);
             std::ptrdiff_t next_vectors = weight_block;
             int count = words;
             alignas(64) T half[word == 1 ? 1 : NV * V::lanes * word];
