@@ -61,12 +61,9 @@ void BlockJob<T>::work_whole(float* bench) const {
 
 template <class T>
 void BlockJob<T>::work_idle(float* bench) const {
-    const int rows = run_.out_height();
 #pragma omp for schedule(dynamic, 1) nowait
-    for (int i = 0; i < int(idle_.size()) * idle_parts_; ++i) {
-        const int part = i % idle_parts_;
-        run_.shortcut(idle_[i / idle_parts_], rows * part / idle_parts_, rows * (part + 1) / idle_parts_, bench);
-    }
+    for (int i = 0; i < int(idle_.size()) * idle_parts_; ++i)
+        run_.shortcut(idle_[i / idle_parts_], i % idle_parts_, idle_parts_, bench);
 }
 
 // Part by part, and static: every thread has the same rows of all samples, from one convolution to the next.

@@ -124,7 +124,8 @@ void BlockRunner<T>::load_rows(const BasicBlockedMap<T>& map, T* to, int n, int 
 }
 
 template <class T>
-void BlockRunner<T>::shortcut(int n, int row0, int row1, float* bench) const {
+void BlockRunner<T>::shortcut(int n, int part, int parts, float* bench) const {
+    const int row0 = out_height_ * part / parts, row1 = out_height_ * (part + 1) / parts;
     if (plain_shortcut_) {
         const std::ptrdiff_t row = std::ptrdiff_t(out_width_) * out_channels_;
         std::copy_n(x(n) + row0 * row, (row1 - row0) * row, out(n) + row0 * row);
@@ -132,25 +133,28 @@ void BlockRunner<T>::shortcut(int n, int row0, int row1, float* bench) const {
         kernels_.shortcut({x(n), block_.height, block_.width, block_.channels, pool_, out(n), out_width_, out_channels_}, row0,
                           row1);
     } else {
-        project(n, row0, row1, bench);
+        const Cut cut(projection_[0].conv(), out_channels_, parts);
+        for (int p = part; p < cut.parts(); p += parts)
+            project(n, cut.unit0(p), cut.unit1(p), cut.row0(p), cut.row1(p), bench);
     }
 }
 
 template <class T>
-void BlockRunner<T>::prepare_output(int n, int row0, int row1, float* bench) const {
+void BlockRunner<T>::prepare_output(int n, int part, int parts, float* bench) const {
     if (block_.shortcut) {
-        if (!plain_shortcut_) shortcut(n, row0, row1, bench);
+        if (!plain_shortcut_) shortcut(n, part, parts, bench);
         return;
     }
     const int made = active_out(convs() - 1, n);
     if (made == out_channels_) return;
+    const int row0 = out_height_ * part / parts, row1 = out_height_ * (part + 1) / parts;
     T* pixel = out(n) + std::ptrdiff_t(row0) * out_width_ * out_channels_;
     for (int i = (row1 - row0) * out_width_; i > 0; --i, pixel += out_channels_)
         std::fill_n(pixel + made, out_channels_ - made, T{});
 }
 
 template <class T>
-void BlockRunner<T>::project(int n, int row0, int row1, float* bench) const {
+void BlockRunner<T>::project(int n, int unit0, int unit1, int row0, int row1, float* bench) const {
     const BasicBlockedMap<T>& map = projection_[0];
     const BlockConv& conv = block_.projection;
     T* in = elements<T>(bench);
@@ -167,7 +171,7 @@ void BlockRunner<T>::project(int n, int row0, int row1, float* bench) const {
     pass.out_row = std::ptrdiff_t(out_width_) * out_channels_;
     pass.out_block = kMapBlock<T>;
     pass.out_col = out_columns_.data();
-    kernels_.conv(pass, 0, map.conv().units(out_channels_), row0, row1);
+    kernels_.conv(pass, unit0, unit1, row0, row1);
 }
 
 template <class T>
@@ -176,7 +180,7 @@ void BlockRunner<T>::prepare_part(float* workspace, int n, int part, int parts, 
     if (part == 0) load_scales(workspace, n);
     if (!reads_x())
         load_rows(maps_[0], map(workspace, 0), n, block_.height * part / parts, block_.height * (part + 1) / parts, true);
-    prepare_output(n, out_height_ * part / parts, out_height_ * (part + 1) / parts, bench);
+    prepare_output(n, part, parts, bench);
 }
 
 // Convolution i of sample n: into the next map, or into the output with the shortcut added.
@@ -282,7 +286,7 @@ void BlockRunner<T>::run_team(float* workspaces, const int* samples, int count, 
         float* workspace = workspaces + s * workspace_floats_;
         load_scales(workspace, samples[s]);
         if (!reads_x()) load_rows(maps_[0], map(workspace, 0), samples[s], 0, block_.height, true);
-        prepare_output(samples[s], 0, out_height_, bench);
+        prepare_output(samples[s], 0, 1, bench);
     }
     for (int i = 0; i < convs(); ++i) {
         if (!is_winograd(i)) {

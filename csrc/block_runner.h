@@ -32,15 +32,14 @@ public:
     // Whether sample n runs any convolution.
     bool is_active(int n) const { return !block_.shortcut || hidden(n) > 0; }
     bool shortcut_is_output() const { return plain_shortcut_ && block_.out == block_.x; }
-    int out_height() const { return out_height_; }
     // Samples that one thread computes together, so that the weights in its cache serve enough tiles.
     int team() const { return team_; }
     double cost(int n) const;
 
     // Zeros around the maps, written once: samples only write inside.
     void zero_borders(float* workspace) const;
-    // out rows = shortcut(x), worked out in a thread's bench.
-    void shortcut(int n, int row0, int row1, float* bench) const;
+    // Part `part` of `parts` of out = shortcut(x), worked out in a thread's bench.
+    void shortcut(int n, int part, int parts, float* bench) const;
     // Everything, for `count` samples in workspaces that follow each other.
     void run_team(float* workspaces, const int* samples, int count, float* bench) const;
 
@@ -77,14 +76,14 @@ private:
     const T* residual(int n) const { return !block_.shortcut ? nullptr : plain_shortcut_ ? x(n) : out(n); }
     WinogradTiling<T> tiling(int i) const { return {block_.convs[i].winograd, maps_[i].conv()}; }
 
-    // Output rows as the last convolution is to find them.
-    void prepare_output(int n, int row0, int row1, float* bench) const;
+    // A part of the output as the last convolution is to find it.
+    void prepare_output(int n, int part, int parts, float* bench) const;
     // Zeros around part `part` of `parts` of the channels that sample n fills.
     void zero_part(float* workspace, int n, int part, int parts) const;
     void load_scales(float* workspace, int n) const;
     // Rows of sample n into a map, through the norm in front if `norm`.
     void load_rows(const BasicBlockedMap<T>& map, T* to, int n, int row0, int row1, bool norm) const;
-    void project(int n, int row0, int row1, float* bench) const;
+    void project(int n, int unit0, int unit1, int row0, int row1, float* bench) const;
     // The tiles of the samples that run group `group` of convolution i: a convolution of its own.
     std::vector<WinogradTile<T>> tiles(int i, int group, float* workspaces, const int* samples, int count) const;
     WinogradPass<T> winograd_pass(int i, int group, float* v, int tiles) const;
