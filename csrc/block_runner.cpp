@@ -59,8 +59,7 @@ BlockRunner<T>::BlockRunner(const ResidualBlock& block) : block_(block), kernels
     out_channels_ = channels, out_height_ = height, out_width_ = width;
     out_columns_ = nhwc_columns(width, channels);
     if (block.projection.weight)
-        projection_.emplace_back(ConvShape{block.channels, channels, 1, block.height, block.width,
-                                           {1, 1}, {pool_, pool_}, {0, 0}, {1, 1}});
+        projection_.emplace_back(ConvShape{block.channels, channels, 1, height, width, {1, 1}, {1, 1}, {0, 0}, {1, 1}});
     // Of equal shapes the shortcut is x itself (a strided block of a map of one pixel too).
     plain_shortcut_ = block.shortcut && projection_.empty() && height == block.height && width == block.width &&
                       channels == block.channels;
@@ -117,9 +116,9 @@ void BlockRunner<T>::load_scales(float* workspace, int n) const {
 }
 
 template <class T>
-void BlockRunner<T>::load_rows(const BasicBlockedMap<T>& map, T* to, int n, int row0, int row1, bool norm) const {
-    BasicMapLoad<T> load = map.load(to, x(n), block_.channels, active_in(0, n));
-    if (norm) load.mul = block_.pre_scale, load.add = block_.pre_shift;
+void BlockRunner<T>::load_rows(float* workspace, int n, int row0, int row1) const {
+    BasicMapLoad<T> load = maps_[0].load(map(workspace, 0), x(n), block_.channels, active_in(0, n));
+    load.mul = block_.pre_scale, load.add = block_.pre_shift;
     kernels_.load(load, row0, row1);
 }
 
@@ -163,7 +162,11 @@ void BlockRunner<T>::project(int n, int unit0, int unit1, int row0, int row1, fl
     const std::size_t row = std::size_t(block_.level[n]) * conv.out_channels;
     std::copy_n(conv.scale + row, conv.out_channels, mul);
     std::copy_n(conv.shift + row, conv.out_channels, add);
-    load_rows(map, in, n, row0 * pool_, std::min(row1 * pool_, block_.height), false);
+    // Of x the pixels that it reads, next to each other.
+    BasicMapLoad<T> load = map.load(in, x(n), block_.channels, block_.channels);
+    load.in_pixel = std::ptrdiff_t(pool_) * block_.channels;
+    load.in_row = load.in_pixel * block_.width;
+    kernels_.load(load, row0, row1);
     BasicConvPass<T> pass = map.pass(in, static_cast<const T*>(conv.weight), block_.channels, out_channels_);
     pass.mul = mul;
     pass.add = add;
@@ -179,7 +182,7 @@ void BlockRunner<T>::prepare_part(float* workspace, int n, int part, int parts, 
     zero_part(workspace, n, part, parts);
     if (part == 0) load_scales(workspace, n);
     if (!reads_x())
-        load_rows(maps_[0], map(workspace, 0), n, block_.height * part / parts, block_.height * (part + 1) / parts, true);
+        load_rows(workspace, n, block_.height * part / parts, block_.height * (part + 1) / parts);
     prepare_output(n, part, parts, bench);
 }
 
@@ -285,7 +288,7 @@ void BlockRunner<T>::run_team(float* workspaces, const int* samples, int count, 
     for (int s = 0; s < count; ++s) {
         float* workspace = workspaces + s * workspace_floats_;
         load_scales(workspace, samples[s]);
-        if (!reads_x()) load_rows(maps_[0], map(workspace, 0), samples[s], 0, block_.height, true);
+        if (!reads_x()) load_rows(workspace, samples[s], 0, block_.height);
         prepare_output(samples[s], 0, 1, bench);
     }
     for (int i = 0; i < convs(); ++i) {

@@ -81,8 +81,8 @@ private:
     // Zeros around part `part` of `parts` of the channels that sample n fills.
     void zero_part(float* workspace, int n, int part, int parts) const;
     void load_scales(float* workspace, int n) const;
-    // Rows of sample n into a map, through the norm in front if `norm`.
-    void load_rows(const BasicBlockedMap<T>& map, T* to, int n, int row0, int row1, bool norm) const;
+    // Rows of sample n into the first map, through the norm in front if there is one.
+    void load_rows(float* workspace, int n, int row0, int row1) const;
     void project(int n, int unit0, int unit1, int row0, int row1, float* bench) const;
     // The tiles of the samples that run group `group` of convolution i: a convolution of its own.
     std::vector<WinogradTile<T>> tiles(int i, int group, float* workspaces, const int* samples, int count) const;
