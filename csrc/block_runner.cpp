@@ -131,6 +131,9 @@ void BlockRunner<T>::shortcut(int n, int part, int parts, float* bench) const {
     } else if (projection_.empty()) {
         kernels_.shortcut({x(n), block_.height, block_.width, block_.channels, pool_, out(n), out_width_, out_channels_}, row0,
                           row1);
+    } else if (block_.x == block_.out) {
+        // Another part's pixels are not to be written while that reads them.
+        project(n, 0, projection_[0].conv().units(out_channels_), row0, row1, bench);
     } else {
         const Cut cut(projection_[0].conv(), out_channels_, parts);
         for (int p = part; p < cut.parts(); p += parts)
