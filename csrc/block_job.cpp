@@ -5,8 +5,8 @@
 namespace den {
 
 template <class T>
-BlockJob<T>::BlockJob(const BlockRunner<T>& run)
-    : run_(run), threads_(std::max(1, run.block().threads)), team_(run.team()) {
+BlockJob<T>::BlockJob(const BlockRunner<T>& run, std::vector<int>& owner)
+    : run_(run), threads_(std::max(1, run.block().threads)), team_(run.team()), teams_(threads_), idle_pieces_(threads_) {
     const ResidualBlock& block = run.block();
     for (int i = 0; i < block.samples; ++i) {
         const int n = block.order[i];
@@ -22,26 +22,48 @@ BlockJob<T>::BlockJob(const BlockRunner<T>& run)
         cost.back() += run.cost(active_[i]);
     }
     whole_ = count_whole(cost, threads_);
+    cost.resize(whole_);
+    std::vector<int> wanted;
+    for (int i = 0; i < whole_; ++i) wanted.push_back(owner[active_[i * team_]]);
+    const std::vector<int> dealt = deal(cost, wanted, threads_);
+    for (int i = 0; i < whole_; ++i) {
+        teams_.give(dealt[i], i);
+        for (int s = i * team_; s < std::min((i + 1) * team_, int(active_.size())); ++s) owner[active_[s]] = dealt[i];
+    }
     shared_.assign(active_.begin() + std::min<std::size_t>(active_.size(), std::size_t(whole_) * team_), active_.end());
+    for (int n : shared_) owner[n] = -1;
     idle_parts_ = ceil_div(threads_, std::max(1, int(idle_.size())));
+    deal_idle(owner);
     for (int i = 0; i < run.convs(); ++i)
         for (int n : shared_) cuts_.push_back(run.cut(i, n, threads_));
 
     const std::size_t workspace = run.workspace_floats();
     bench_floats_ = run.bench_floats();
     own_floats_ = bench_floats_ + (whole_ ? team_ * workspace : 0);
-    scratch_floats_ = threads_ * own_floats_ + shared_.size() * workspace;
+    shared_floats_ = shared_.size() * workspace;
 }
 
 template <class T>
-void BlockJob<T>::work(float* memory) const {
-    float* bench = memory + thread_index() * own_floats_;
-    work_whole(bench);
-    work_idle(bench);
+void BlockJob<T>::deal_idle(std::vector<int>& owner) {
+    const std::vector<double> cost(idle_.size() * idle_parts_, 1.0);
+    std::vector<int> wanted;
+    for (int n : idle_)
+        for (int part = 0; part < idle_parts_; ++part) wanted.push_back(idle_parts_ == 1 ? owner[n] : part % threads_);
+    const std::vector<int> dealt = deal(cost, wanted, threads_);
+    for (int i = 0; i < int(dealt.size()); ++i) {
+        idle_pieces_.give(dealt[i], i);
+        owner[idle_[i / idle_parts_]] = idle_parts_ == 1 ? dealt[i] : -1;
+    }
+}
+
+template <class T>
+void BlockJob<T>::work(float* own, float* shared) const {
+    work_whole(own);
+    work_idle(own);
     if (shared_.empty()) {
 #pragma omp barrier
     } else {
-        work_shared(memory + threads_ * own_floats_, bench);
+        work_shared(shared, own);
     }
 }
 
@@ -49,21 +71,19 @@ template <class T>
 void BlockJob<T>::work_whole(float* bench) const {
     float* workspaces = bench + bench_floats_;
     bool bordered = false;
-#pragma omp for schedule(dynamic, 1) nowait
-    for (int i = 0; i < whole_; ++i) {
+    teams_.run(thread_index(), [&](int i) {
         if (!bordered)
             for (int s = 0; s < team_; ++s) run_.zero_borders(workspaces + s * run_.workspace_floats());
         bordered = true;
         const int first = i * team_;
         run_.run_team(workspaces, active_.data() + first, std::min(team_, int(active_.size()) - first), bench);
-    }
+    });
 }
 
 template <class T>
 void BlockJob<T>::work_idle(float* bench) const {
-#pragma omp for schedule(dynamic, 1) nowait
-    for (int i = 0; i < int(idle_.size()) * idle_parts_; ++i)
-        run_.shortcut(idle_[i / idle_parts_], i % idle_parts_, idle_parts_, bench);
+    idle_pieces_.run(thread_index(),
+                     [&](int i) { run_.shortcut(idle_[i / idle_parts_], i % idle_parts_, idle_parts_, bench); });
 }
 
 // Part by part, and static: every thread has the same rows of all samples, from one convolution to the next.

@@ -5,24 +5,29 @@
 #include <vector>
 
 #include "block_runner.h"
+#include "schedule.h"
 
 namespace den {
 
 template <class T>
 class BlockJob {
 public:
-    // Of the runner's block and its present batch; the runner outlives the job.
-    explicit BlockJob(const BlockRunner<T>& run);
+    // Of the runner's block and its present batch; the runner outlives the job. owner: the thread that last wrote each
+    // sample's map, -1 where none did alone: it is given the sample again where it can be, and is then up to date.
+    BlockJob(const BlockRunner<T>& run, std::vector<int>& owner);
 
     const ResidualBlock& block() const { return run_.block(); }
     // Whether there is nothing to compute: in place, every sample at width 0.
     bool empty() const { return active_.empty() && idle_.empty(); }
-    std::size_t scratch_floats() const { return scratch_floats_; }
-    // The calling thread's part. All of the block's threads call it, with the same memory of scratch_floats(); when it
-    // returns, all parts are done.
-    void work(float* memory) const;
+    // Scratch memory that each thread needs for itself, and that all need together.
+    std::size_t own_floats() const { return own_floats_; }
+    std::size_t shared_floats() const { return shared_floats_; }
+    // The calling thread's part. All of the block's threads call it; when it returns, all parts are done.
+    void work(float* own, float* shared) const;
 
 private:
+    // Gives idle samples, or parts of them, to threads.
+    void deal_idle(std::vector<int>& owner);
     void work_whole(float* bench) const;
     void work_idle(float* bench) const;
     void work_shared(float* workspaces, float* bench) const;
@@ -32,16 +37,30 @@ private:
     std::vector<int> active_, idle_, shared_;  // samples
     int whole_ = 0;                            // teams of active samples that one thread computes
     int idle_parts_ = 1;                       // of each sample that is its shortcut
+    Pieces teams_, idle_pieces_;               // of whole teams, and of idle samples
     std::vector<Cut> cuts_;                    // [convolution][shared sample]
-    std::size_t bench_floats_ = 0, own_floats_ = 0, scratch_floats_ = 0;  // of a thread, of a thread with workspaces, of all
+    std::size_t bench_floats_ = 0, own_floats_ = 0, shared_floats_ = 0;
 };
 
-// Memory for jobs that run one after the other.
-template <class T>
-float* scratch_of(const std::vector<BlockJob<T>>& jobs) {
-    std::size_t most = 0;
-    for (const BlockJob<T>& job : jobs) most = job.scratch_floats() > most ? job.scratch_floats() : most;
-    return scratch(Scratch::kWork, most);
-}
+// Memory for jobs that run one after the other. A thread has the same place in all of them: no other has it in its cache.
+class JobMemory {
+public:
+    template <class T>
+    JobMemory(const std::vector<BlockJob<T>>& jobs, int threads) {
+        std::size_t shared = 0;
+        for (const BlockJob<T>& job : jobs) {
+            own_ = job.own_floats() > own_ ? job.own_floats() : own_;
+            shared = job.shared_floats() > shared ? job.shared_floats() : shared;
+        }
+        start_ = scratch(Scratch::kWork, threads * own_ + shared);
+        shared_ = start_ + threads * own_;
+    }
+    float* own() const { return start_ + thread_index() * own_; }
+    float* shared() const { return shared_; }
+
+private:
+    std::size_t own_ = 0;
+    float *start_, *shared_;
+};
 
 }  // namespace den

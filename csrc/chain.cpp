@@ -234,11 +234,14 @@ void Chain::run_as(const T* x, T* out, const int* level, const int* order, const
         sized->runners.reserve(layers.size());
         for (const ResidualBlock& layer : layers) sized->runners.emplace_back(layer);
     }
+    // Samples that are near each other begin with one thread, as in the loops over samples.
+    std::vector<int> owner(samples);
+    for (int n = 0; n < samples; ++n) owner[n] = int((long long)n * threads / samples);
     std::vector<BlockJob<T>> jobs;
     jobs.reserve(layers.size());
     for (const BlockRunner<T>& runner : sized->runners)
-        if (BlockJob<T> job(runner); !job.empty()) jobs.push_back(std::move(job));
-    float* memory = scratch_of(jobs);
+        if (BlockJob<T> job(runner, owner); !job.empty()) jobs.push_back(std::move(job));
+    const JobMemory memory(jobs, threads);
     std::vector<Linear<T>> head;
     const int channels = layers.back().convs.back().out_channels;
     for (const BlockConv& layer : head_) head.emplace_back(layer, channels, samples);
@@ -246,7 +249,7 @@ void Chain::run_as(const T* x, T* out, const int* level, const int* order, const
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         for (const BlockJob<T>& job : jobs) {
-            job.work(memory);
+            job.work(memory.own(), memory.shared());
             if (job.block().max_pool) pool_largest<T>(job.block());
         }
         if (pooled_) average(layers.back(), pool_, features, head.empty() ? channels : head[0].pitch());

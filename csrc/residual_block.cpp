@@ -7,12 +7,14 @@ namespace den {
 template <class T>
 void residual_block(const ResidualBlock& block) {
     const BlockRunner<T> run(block);
-    const std::vector<BlockJob<T>> jobs(1, BlockJob<T>(run));
+    std::vector<int> owner(block.samples, -1);
+    std::vector<BlockJob<T>> jobs;
+    jobs.emplace_back(run, owner);
     if (jobs[0].empty()) return;
-    float* memory = scratch_of(jobs);
     const int threads = block.threads > 1 ? block.threads : 1;
+    const JobMemory memory(jobs, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    jobs[0].work(memory);
+    jobs[0].work(memory.own(), memory.shared());
 }
 
 template void residual_block<float>(const ResidualBlock&);

@@ -78,6 +78,26 @@ int count_whole(const std::vector<double>& cost, int threads) {
     return best;
 }
 
+Pieces::Pieces(int threads) : lists_(threads), begun_(new std::atomic<int>[threads]) {
+    for (int i = 0; i < threads; ++i) begun_[i] = 0;
+}
+
+std::vector<int> deal(const std::vector<double>& cost, const std::vector<int>& wanted, int threads) {
+    // A map that comes from another core's cache can take as long as some of the work on it.
+    constexpr double kMoving = 1.05;
+    double share = 0;
+    for (double c : cost) share += c / threads;
+    std::vector<double> load(threads, 0.0);
+    std::vector<int> dealt;
+    for (std::size_t i = 0; i < cost.size(); ++i) {
+        const int idlest = int(std::min_element(load.begin(), load.end()) - load.begin());
+        const bool fits = wanted[i] >= 0 && load[wanted[i]] + cost[i] <= share * kMoving;
+        dealt.push_back(fits ? wanted[i] : idlest);
+        load[dealt.back()] += cost[i];
+    }
+    return dealt;
+}
+
 Cut::Cut(const ConvShape& conv, int active_out, int parts)
     : units(conv.units(active_out)), rows(conv.out_height()) {
     if (conv.out_width() * rows < active_out) {

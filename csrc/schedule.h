@@ -1,7 +1,9 @@
 // How samples are spread over threads, and the scratch memory they work in.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
+#include <memory>
 #include <vector>
 
 #ifdef _OPENMP
@@ -35,6 +37,34 @@ T* elements(float* memory) {
 // Given the cost of each sample, dearest first: how many of them run whole, one thread each. The others, too few to
 // keep all threads busy, are then run by all threads together. Only time depends on the answer, no result.
 int count_whole(const std::vector<double>& cost, int threads);
+
+// Pieces of work by the thread that they are meant for. A thread that has done its own takes those that others have not
+// begun: only time depends on who does what.
+class Pieces {
+public:
+    explicit Pieces(int threads);
+
+    // Behind those that the thread has already.
+    void give(int thread, int piece) { lists_[thread].push_back(piece); }
+    // work(piece) for what the calling thread, `own`, gets. Each thread calls it, once.
+    template <class Work>
+    void run(int own, const Work& work) const {
+        const int threads = int(lists_.size());
+        for (int i = 0; i < threads; ++i) {
+            const int of = (own + i) % threads;
+            for (int at; (at = begun_[of].fetch_add(1, std::memory_order_relaxed)) < int(lists_[of].size());)
+                work(lists_[of][at]);
+        }
+    }
+
+private:
+    std::vector<std::vector<int>> lists_;
+    std::unique_ptr<std::atomic<int>[]> begun_;  // of each list
+};
+
+// The thread that each piece is meant for, given their costs, dearest first: `wanted` (-1: any) where that leaves it with
+// little more than its share of all, else the least busy.
+std::vector<int> deal(const std::vector<double>& cost, const std::vector<int>& wanted, int threads);
 
 // A convolution of one sample cut for several threads: by rows, and where those are few by output channels too.
 struct Cut {
