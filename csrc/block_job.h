@@ -1,6 +1,7 @@
 // A residual block of one batch, ready to be computed: which samples run whole, one thread each, and which are shared.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <vector>
 
@@ -49,8 +50,8 @@ public:
     JobMemory(const std::vector<BlockJob<T>>& jobs, int threads) {
         std::size_t shared = 0;
         for (const BlockJob<T>& job : jobs) {
-            own_ = job.own_floats() > own_ ? job.own_floats() : own_;
-            shared = job.shared_floats() > shared ? job.shared_floats() : shared;
+            own_ = std::max(own_, job.own_floats());
+            shared = std::max(shared, job.shared_floats());
         }
         start_ = scratch(Scratch::kWork, threads * own_ + shared);
         shared_ = start_ + threads * own_;

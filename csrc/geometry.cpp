@@ -54,7 +54,7 @@ template <class T>
 void BasicBlockedMap<T>::place_lines() {
     constexpr int block = kMapBlock<T>;
     const int columns = conv_.width + 2 * conv_.padding.x;
-    // The last word of an odd number of channels reaches one beyond.
+    // The last word of an odd number of channels reaches one beyond: the next pixel's first, times a weight of 0.
     row_pitch_ = round_up(columns * conv_.in_channels + kWord<T> - 1, block);
     block_pitch_ = block;  // channels of a tap follow each other
     floats_ = std::size_t(rows_) * row_pitch_ / kWord<T>;

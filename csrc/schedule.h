@@ -23,8 +23,8 @@ inline int thread_index() {
 }
 
 // At least `floats` floats, 64-byte aligned, owned by the calling thread until it asks for the same kind again: the work of
-// one operation, the maps between several, pooled features, or transposed weights handed to one. Contents are undefined. Throws
-// std::bad_alloc.
+// one operation, the maps between several, pooled features, or transposed weights handed to one. Contents are undefined.
+// Throws std::bad_alloc.
 enum class Scratch { kWork, kMaps, kFeatures, kTransposed };
 float* scratch(Scratch kind, std::size_t floats);
 

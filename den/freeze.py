@@ -134,8 +134,8 @@ class FrozenDEN(nn.Module):
         check_tasks(tasks, self.tasks, self.set_index)
         check_images(x, self.in_channels, self.device, "this model was frozen for")
         # A trunk that takes levels as they are checks them itself.
-        in_range = self.trunk.takes_levels
-        inputs = check_choice(self.selector, x, level, budget, self.num_blocks, self.num_levels, in_range)
+        checked_later = self.trunk.takes_levels
+        inputs = check_choice(self.selector, x, level, budget, self.num_blocks, self.num_levels, checked_later)
         names = tuple(tasks)
         found = self.run(names, x, *inputs) if self.calls is None else self.calls(self.run, names, x, *inputs)
         level_NB, level_probs, *logits = found

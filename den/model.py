@@ -115,17 +115,17 @@ def check_choice(
     budget: Budget | None,
     num_blocks: int,
     num_levels: int,
-    in_range: bool = False,
+    checked_later: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Who decides: the caller's levels [N, B], or (None) the selector, at a budget [N] if it is told one.
 
-    in_range: what takes the levels checks their values. See `DEN.forward` for what is raised.
+    checked_later: what takes the levels raises for a value out of range. See `DEN.forward` for what is raised.
     """
     if level is None:
         return None, budget_of(getattr(selector, "condition", None), budget, x)
     if budget is not None:
         raise ValueError("level and budget are both given; a budget is for the selector, which a level stands for")
-    return check_level(level, x, num_blocks, num_levels, in_range), None
+    return check_level(level, x, num_blocks, num_levels, checked_later), None
 
 
 def choose(
@@ -322,8 +322,8 @@ def check_images(x: Any, in_channels: int, device: torch.device, whose: str = "t
         raise ValueError(f"x is on {x.device}, but {whose} {device}; they must be together")
 
 
-def check_level(level: LevelLike, x: Tensor, num_blocks: int, num_levels: int, in_range: bool = False) -> Tensor:
-    """Levels as the estimator reads them: int64 [N, B] on x's device, in range (if they are in range already, as told).
+def check_level(level: LevelLike, x: Tensor, num_blocks: int, num_levels: int, checked_later: bool = False) -> Tensor:
+    """Levels as the estimator reads them: int64 [N, B] on x's device, in range unless that is checked later.
 
     level: integers [N, B], or [B] for every sample alike. See `DEN.forward` for what is raised.
     """
@@ -341,14 +341,18 @@ def check_level(level: LevelLike, x: Tensor, num_blocks: int, num_levels: int, i
     if level.device != x.device:
         raise ValueError(f"level is on {level.device}, but x is on {x.device}; move one of them")
     level = level.to(torch.int64)
-    if in_range:
-        pass
-    elif level.device.type == "cpu" and not torch.compiler.is_compiling():
-        if level.numel():
-            low, high = (int(end) for end in torch.aminmax(level))
-            if low < 0 or high >= num_levels:
-                wrong = low if low < 0 else high
-                raise ValueError(f"level holds {wrong}; every level must be in [0, {num_levels - 1}]")
-    else:
-        level = level.clamp(0, num_levels - 1)
+    if not checked_later:
+        level = _in_range(level, num_levels)
     return level.expand(batch, -1) if level.dim() == 1 else level
+
+
+def _in_range(level: Tensor, num_levels: int) -> Tensor:
+    """The levels; where looking at them would wait for a device or break a graph, the nearest in range."""
+    if level.device.type != "cpu" or torch.compiler.is_compiling():
+        return level.clamp(0, num_levels - 1)
+    if level.numel():
+        low, high = (int(end) for end in torch.aminmax(level))
+        if low < 0 or high >= num_levels:
+            wrong = low if low < 0 else high
+            raise ValueError(f"level holds {wrong}; every level must be in [0, {num_levels - 1}]")
+    return level

@@ -106,7 +106,7 @@ class Trunk:
                 self.steps += members
                 self.rows += [[numbers[id(layer)]] if id(layer) in numbers else [] for layer in members]
         self.num_blocks = len(blocks)
-        self.takes_levels = len(self.steps) == 1 and first is not None and isinstance(first, dk.FusedConv2d)
+        self.takes_levels = len(self.steps) == 1 and isinstance(first, dk.FusedConv2d)
 
     def __call__(
         self,

@@ -209,7 +209,18 @@ def test_opcheck_and_flops(backend, max_pool):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_a_head_in_the_chain_is_the_head_by_itself(backend, dtype, channels, classes):
-    """And it is a linear layer in float64, whatever the number of threads and samples."""
+    check_head(backend, dtype, channels, classes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@isas
+def test_a_head_of_any_instruction_set(isa, dtype):
+    cpu.set_isa(isa)
+    check_head("cpu", dtype, 33, 37)
+
+
+def check_head(backend: str, dtype: torch.dtype, channels: int, classes: int) -> None:
+    """In the chain it is what it is by itself, and a linear layer in float64, whatever the number of threads."""
     torch.manual_seed(channels)
     chain = make_chain(backend, dtype, "norm", channels=channels)
     weight, bias = torch.randn(classes, channels).to(dtype), torch.randn(classes)
@@ -236,13 +247,6 @@ def test_a_head_in_the_chain_is_the_head_by_itself(backend, dtype, channels, cla
         torch.set_num_threads(threads)
     head.move_packed({name: torch.zeros_like(tensor) for name, tensor in head.packed().items()})
     torch.testing.assert_close(chain(x, plan, head=head).float(), bias.to(dtype).float().expand(25, -1))
-
-
-@isas
-def test_a_head_of_any_instruction_set(isa):
-    cpu.set_isa(isa)
-    for dtype in (torch.float32, torch.bfloat16):
-        test_a_head_in_the_chain_is_the_head_by_itself("cpu", dtype, 33, 37)
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
