@@ -69,21 +69,26 @@ template <class T, class V, int NV, int R, int Q>
 inline __attribute__((always_inline)) void finish_whole(const den::BasicConvPass<T>& pass, const TileAt<T>& at,
                                                         const typename V::Reg (&sum)[R * Q][NV]) {
     const typename V::Reg floor = floor_of<V>(pass);
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-        const int c = at.first_out + v * V::lanes;
-        const typename V::Reg mul = V::load(pass.mul + c), add = V::load(pass.add + c);
-        const std::ptrdiff_t place = channel_at(pass, c);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r)
+    std::ptrdiff_t pixel[R * Q];
 #pragma GCC unroll 32
-            for (int q = 0; q < Q; ++q) {
-                const std::ptrdiff_t to = (at.row + r) * pass.out_row + pass.out_col[at.col + q] + place;
-                typename V::Reg value = V::fma(sum[r * Q + q][v], mul, add);
-                if (pass.residual) value = V::add(value, V::load(pass.residual + to));
-                V::store(pass.out + to, V::at_least(floor, value));
+    for (int p = 0; p < R * Q; ++p) pixel[p] = (at.row + p / Q) * pass.out_row + pass.out_col[at.col + p % Q];
+    const auto every_vector = [&](auto value_of) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) {
+            const int c = at.first_out + v * V::lanes;
+            const typename V::Reg mul = V::load(pass.mul + c), add = V::load(pass.add + c);
+            const std::ptrdiff_t channel = channel_at(pass, c);
+#pragma GCC unroll 32
+            for (int p = 0; p < R * Q; ++p) {
+                const typename V::Reg value = value_of(V::fma(sum[p][v], mul, add), channel + pixel[p]);
+                V::store(pass.out + channel + pixel[p], V::at_least(floor, value));
             }
-    }
+        }
+    };
+    if (const T* residual = pass.residual)
+        every_vector([&](typename V::Reg value, std::ptrdiff_t at) { return V::add(value, V::load(residual + at)); });
+    else
+        every_vector([](typename V::Reg value, std::ptrdiff_t) { return value; });
 }
 
 // The same where channels are ragged or in two pieces: from memory, in loops.
@@ -133,13 +138,15 @@ struct Int {
     static constexpr int value = N;
 };
 
-template <class T, class V, int NV, int R, int Q>
+// Pixel: elements from one pixel of x to the next, or 0: what the pass says. Known when compiled, it takes no registers;
+// else it takes so many that the loop over taps keeps its own in memory.
+template <class T, class V, int NV, int R, int Q, int Pixel>
 void tile(const den::BasicConvPass<T>& pass, const TileAt<T>& at) {
     using P = Product<V, T>;
     constexpr int word = den::kWord<T>, block = den::kMapBlock<T>;  // a row of 16 weight words is as long as a block
     constexpr int per_block = den::kBlock / V::lanes;
     const std::ptrdiff_t weight_block = weight_block_of(pass);
-    const std::ptrdiff_t in_row = pass.in_row, in_pixel = pass.in_pixel;
+    const std::ptrdiff_t in_row = pass.in_row, in_pixel = Pixel ? Pixel : pass.in_pixel;
 
     prefetch<T, V, NV>(pass, at, R, Q);
     typename V::Reg acc[R * Q][NV];

@@ -210,7 +210,54 @@ void multiply_runs(const Pass& pass, const Run* runs, int count, int tile0, cons
     }
 }
 
-// The outputs of one tile, a vector of channels at a time, and their epilogue.
+// The epilogue of a vector of output channels from `channel` on, of which `left` are active: relu(value + residual) of the
+// first rows x cols values of a tile. All of the residual is read before anything is written: rows of a map are often a
+// multiple of 4 KiB apart, and a load that follows a store to the same place of a page waits for it.
+template <int M>
+inline void finish(const Pass& pass, const Tile& tile, const float (&values)[M * M][kLanes], int channel, int left, int rows,
+                   int cols) {
+    const float lowest = pass.relu ? 0.0f : -__builtin_inff();
+    const Reg floor = Vec::broadcast(&lowest);
+    const std::ptrdiff_t first = (channel / kMapBlock) * pass.out_block + channel % kMapBlock + tile.row * pass.out_row;
+    const std::ptrdiff_t* column = pass.out_col + tile.col;
+    // In scratch a vector may be written beyond the active channels, but an odd number of them ends in a zero, for
+    // the pairs of a direct convolution.
+    const bool whole = left >= kLanes || (pass.whole_blocks && left % den::kWord<Element> == 0);
+    if (whole && rows == M && cols == M) {
+        Reg value[M * M];
+#pragma GCC unroll 16
+        for (int i = 0; i < M * M; ++i) value[i] = Vec::load(values[i]);
+        if (tile.residual)
+#pragma GCC unroll 16
+            for (int i = 0; i < M * M; ++i)
+                value[i] = Vec::add(value[i], Vec::load(tile.residual + first + i / M * pass.out_row + column[i % M]));
+#pragma GCC unroll 16
+        for (int i = 0; i < M * M; ++i)
+            Vec::store(tile.out + first + i / M * pass.out_row + column[i % M], Vec::at_least(floor, value[i]));
+        return;
+    }
+    for (int y = 0; y < rows; ++y)
+        for (int x = 0; x < cols; ++x) {
+            const std::ptrdiff_t place = first + y * pass.out_row + column[x];
+            Element* out = tile.out + place;
+            Reg value = Vec::load(values[y * M + x]);
+            if (whole) {
+                if (tile.residual) value = Vec::add(value, Vec::load(tile.residual + place));
+                Vec::store(out, Vec::at_least(floor, value));
+                continue;
+            }
+            Element line[kLanes] = {};
+            if (tile.residual) {
+                for (int i = 0; i < left; ++i) line[i] = tile.residual[place + i];
+                value = Vec::add(value, Vec::load(line));
+            }
+            Vec::store(line, Vec::at_least(floor, value));
+            for (int i = 0; i < left; ++i) out[i] = line[i];
+            if (pass.whole_blocks) out[left] = Element{};
+        }
+}
+
+// The outputs of one tile, a vector of channels at a time.
 template <int M>
 void output_tile(const Pass& pass, const Tile& tile, int group, const float* products,
                  std::ptrdiff_t product_point) {
@@ -219,8 +266,6 @@ void output_tile(const Pass& pass, const Tile& tile, int group, const float* pro
     const int count = tile.active_out - first < kGroup ? tile.active_out - first : kGroup;
     const int rows = pass.height - tile.row < M ? pass.height - tile.row : M;
     const int cols = pass.width - tile.col < M ? pass.width - tile.col : M;
-    const float lowest = pass.relu ? 0.0f : -__builtin_inff();
-    const Reg floor = Vec::broadcast(&lowest);
     for (int c = 0; c < count; c += kLanes) {
         const float* m = products + c;
         Reg half[M * side];  // A^T M
@@ -231,40 +276,16 @@ void output_tile(const Pass& pass, const Tile& tile, int group, const float* pro
             for (int y = 0; y < side; ++y) column[y] = Vec::load(m + (y * side + x) * product_point);
             Transform<Vec, M>::output(column, 1, half + x, side);
         }
-        const int channel = first + c;
-        const Reg mul = Vec::load(tile.mul + channel), add = Vec::load(tile.add + channel);
-        // In scratch a vector may be written beyond the active channels, but an odd number of them ends in a zero, for
-        // the pairs of a direct convolution.
-        const int left = count - c;
-        const bool whole = left >= kLanes || (pass.whole_blocks && left % den::kWord<Element> == 0);
-        const std::ptrdiff_t block = (channel / kMapBlock) * pass.out_block + channel % kMapBlock;
+        const Reg mul = Vec::load(tile.mul + first + c), add = Vec::load(tile.add + first + c);
+        alignas(64) float values[M * M][kLanes];
 #pragma GCC unroll 4
         for (int y = 0; y < M; ++y) {
             Reg line[M];
             Transform<Vec, M>::output(half + y * side, 1, line, 1);
-            if (y >= rows) continue;
-            const std::ptrdiff_t row = block + (tile.row + y) * pass.out_row;
 #pragma GCC unroll 4
-            for (int x = 0; x < M; ++x) {
-                if (x >= cols) continue;
-                const std::ptrdiff_t place = row + pass.out_col[tile.col + x];
-                Reg value = Vec::fma(line[x], mul, add);
-                Element* out = tile.out + place;
-                if (whole) {
-                    if (tile.residual) value = Vec::add(value, Vec::load(tile.residual + place));
-                    Vec::store(out, Vec::at_least(floor, value));
-                    continue;
-                }
-                Element line[kLanes] = {};
-                if (tile.residual) {
-                    for (int i = 0; i < left; ++i) line[i] = tile.residual[place + i];
-                    value = Vec::add(value, Vec::load(line));
-                }
-                Vec::store(line, Vec::at_least(floor, value));
-                for (int i = 0; i < left; ++i) out[i] = line[i];
-                if (pass.whole_blocks) out[left] = Element{};
-            }
+            for (int x = 0; x < M; ++x) Vec::store(values[y * M + x], Vec::fma(line[x], mul, add));
         }
+        finish<M>(pass, tile, values, first + c, count - c, rows, cols);
     }
 }
 
