@@ -184,7 +184,20 @@ void tile(const den::BasicConvPass<T>& pass, const TileAt<T>& at) {
     const T* weight = at.weight;
     // An image that is read as it lies, once, is in no cache yet: the lines of the next tile are asked for.
     const bool first_reading = pass.in_block == block && pass.taps == 1 && at.first_out == 0;
-    for (int done = 0; done < pass.active_in;) {
+    const auto next_tile = [&](const T* x) __attribute__((always_inline)) {
+        for (int r = 0; r < R; ++r)
+            for (int q = 0; q < Q; ++q) __builtin_prefetch(x + r * in_row + (Q + q) * in_pixel, 0, 2);
+    };
+    int done = 0;
+    // Whole blocks of a 1x1 without padding: sixteen words are so few that what the loop below asks of each block shows.
+    if (pass.taps == 1 && at.taps.end == 1 && !(pass.tap_edges && pass.tap_edges[0]) && at.first_in % block == 0) {
+        const T* x = at.in + at.first_in / block * pass.in_block + pass.tap[0];
+        for (; done + block <= pass.active_in; done += block, x += pass.in_block, weight += block * (block / word)) {
+            if (first_reading) next_tile(x);
+            multiply(Int<0>{}, Int<Q>{}, x, weight, block / word, weight_block);
+        }
+    }
+    while (done < pass.active_in) {
         // A run of input channels inside one block; a group may begin in the middle of a block.
         const int c0 = at.first_in + done;
         const int room = block - c0 % block;
@@ -198,9 +211,7 @@ void tile(const den::BasicConvPass<T>& pass, const TileAt<T>& at) {
         for (int t = at.taps.begin; t < at.taps.end; ++t) {
             const T* x = in + pass.tap[t];
             const T* w = weight + t * tap_weights;
-            if (first_reading)
-                for (int r = 0; r < R; ++r)
-                    for (int q = 0; q < Q; ++q) __builtin_prefetch(x + r * in_row + (Q + q) * in_pixel, 0, 2);
+            if (first_reading) next_tile(x);
             std::ptrdiff_t next_vectors = weight_block;
             int count = words;
             alignas(64) T half[word == 1 ? 1 : NV * V::lanes * word];
