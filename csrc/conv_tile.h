@@ -86,7 +86,7 @@ inline __attribute__((always_inline)) void finish_whole(const den::BasicConvPass
         }
     };
     if (const T* residual = pass.residual)
-        every_vector([&](typename V::Reg value, std::ptrdiff_t at) { return V::add(value, V::load(residual + at)); });
+        every_vector([&](typename V::Reg value, std::ptrdiff_t place) { return V::add(value, V::load(residual + place)); });
     else
         every_vector([](typename V::Reg value, std::ptrdiff_t) { return value; });
 }
