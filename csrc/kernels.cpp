@@ -41,18 +41,19 @@ inline int most_vectors(int) { return 2; }
 #endif
 
 // Tiles of every width up to the largest, for the whole row height and for a single last row.
-template <class V, int NV, int Pixel>
+template <class V, int NV>
 struct Tiles {
     static constexpr int rows = Shape<NV>::rows, cols = Shape<NV>::cols;
     Tile whole[cols], single[cols];
 
-    template <int Q>
+    template <int Pixel, int Q>
     constexpr void fill() {
         whole[Q - 1] = tile<Element, V, NV, rows, Q, Pixel>;
         single[Q - 1] = tile<Element, V, NV, 1, Q, Pixel>;
-        if constexpr (Q > 1) fill<Q - 1>();
+        if constexpr (Q > 1) fill<Pixel, Q - 1>();
     }
-    constexpr Tiles() : whole{}, single{} { fill<cols>(); }
+    template <int Pixel>
+    constexpr explicit Tiles(Int<Pixel>) : whole{}, single{} { fill<Pixel, cols>(); }
 };
 
 inline den::TapRange taps_of(const ConvPass& pass, int row) {
@@ -63,10 +64,11 @@ inline bool same(den::TapRange a, den::TapRange b) { return a.begin == b.begin &
 
 template <class V, int NV>
 void tile_rows(const ConvPass& pass, TileAtElement at, int row0, int row1) {
-    static constexpr Tiles<V, NV, den::kMapBlock<Element>> of_map;
-    static constexpr Tiles<V, NV, 0> of_any;
-    constexpr int rows = Shape<NV>::rows, cols = Shape<NV>::cols;
-    const bool is_map = pass.in_pixel == den::kMapBlock<Element>;
+    // Two vectors by twelve pixels leave few instructions to hide the registers behind that a distance takes.
+    constexpr int map_pixel = NV == 2 ? den::kMapBlock<Element> : 0;
+    static constexpr Tiles<V, NV> of_map{Int<map_pixel>{}}, of_any{Int<0>{}};
+    const Tiles<V, NV>& tiles = pass.in_pixel == map_pixel ? of_map : of_any;
+    constexpr int rows = Tiles<V, NV>::rows, cols = Tiles<V, NV>::cols;
     // An even split: 16 pixels by tiles of up to 6 go as 6, 5, 5, not 6, 6, 4.
     const int count = (pass.width + cols - 1) / cols;
     const int narrow = pass.width / count, wider = pass.width % count;
@@ -74,7 +76,7 @@ void tile_rows(const ConvPass& pass, TileAtElement at, int row0, int row1) {
         at.taps = taps_of(pass, row);
         // Rows with other taps go alone, so that the sum of an output is the same in every tile.
         const int height = row + rows <= row1 && same(at.taps, taps_of(pass, row + rows - 1)) ? rows : 1;
-        const Tile* set = is_map ? (height == rows ? of_map.whole : of_map.single) : height == rows ? of_any.whole : of_any.single;
+        const Tile* set = height == rows ? tiles.whole : tiles.single;
         const Element* in = pass.in + row * pass.in_row;
         at.row = row;
         at.col = 0;
