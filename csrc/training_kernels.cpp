@@ -10,14 +10,6 @@
 
 namespace {
 
-#if defined(DEN_512)
-using Vec = Vec16;
-#elif defined(DEN_ISA_AVX2)
-using Vec = Vec8;
-#else
-using Vec = Vec4;
-#endif
-
 void weight_grad(const den::WeightGradPass& pass) {
     const int vectors = (pass.outputs + Vec::lanes - 1) / Vec::lanes;
 #if defined(DEN_512)

@@ -192,6 +192,15 @@ struct Vec4 {
 
 #endif
 
+// The widest of them.
+#if defined(DEN_512)
+using Vec = Vec16;
+#elif defined(DEN_ISA_AVX2)
+using Vec = Vec8;
+#else
+using Vec = Vec4;
+#endif
+
 // How a tile multiplies a word of x by a vector of weight words, in `steps` multiply-adds.
 template <class V, class T>
 struct Product;

@@ -13,13 +13,8 @@ using Pass = den::WinogradPass<Element>;
 using Tile = den::WinogradTile<Element>;
 
 #if defined(DEN_512)
-using Vec = Vec16;
 constexpr int kMaxTiles = 12;
-#elif defined(DEN_ISA_AVX2)
-using Vec = Vec8;
-constexpr int kMaxTiles = 6;
 #else
-using Vec = Vec4;
 constexpr int kMaxTiles = 6;
 #endif
 
