@@ -1,6 +1,6 @@
 """Two builds of the project against each other: what a change to a kernel is worth, on a machine that others use too.
 
-    python -m benchmarks.compare BEFORE [AFTER] [--model wrn_32_4] [--batch 1] [--mixes full,uniform] [--dtype float32]
+    python -m benchmarks.compare BEFORE [AFTER] [--model wrn_32_4] [--batch 1] [--mixes full,skip] [--subject float32]
 
 BEFORE and AFTER (default: this one) are checkouts with their extension built in place (`python setup.py build_ext
 --inplace`). Each lives in a process of its own and both take turns, a few calls each, so that a slow minute of the
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks.cases import MIXES, MODELS, ModelCase
+from benchmarks.lineup import SUBJECTS, Subject
 from benchmarks.networks import images, network
 from benchmarks.worker import ROOT, Job, Worker
 
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", choices=[case.name for case in MODELS], default=MODELS[0].name)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--mixes", default="full,uniform", help="comma-separated level mixes")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--subject", choices=list(SUBJECTS), default="float32", help="how it is frozen")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--turns", type=int, default=40)
     parser.add_argument("--calls", type=int, default=5, help="timed calls in a turn")
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         closing(Worker(options.threads, root=options.after)) as after,
     ):
         for name in options.mixes.split(","):
-            job = den_job(case, options.dtype, options.batch, name, Path(folder))
+            job = den_job(case, SUBJECTS[options.subject], options.batch, name, Path(folder))
             for worker in (before, after):
                 worker.build(job)
             if not np.allclose(before.result(), after.result(), rtol=1e-2, atol=1e-2):
@@ -53,13 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(line(name, *in_turns(before, after, options.turns, options.calls)), flush=True)
 
 
-def den_job(case: ModelCase, dtype: str, batch: int, mix: str, folder: Path) -> Job:
+def den_job(case: ModelCase, subject: Subject, batch: int, mix: str, folder: Path) -> Job:
     """The frozen DEN on the `cpu` backend at the levels of a mix."""
     path = folder / "images.npy"
     np.save(path, images(case, batch).contiguous().numpy())
     level = MIXES[mix].levels(batch, network(case.name).num_blocks, case.ratios)
     engine = "benchmarks.torch_engines:den_frozen"
-    return Job(engine, case.name, dtype, str(path), tuple(map(tuple, level.tolist())), {"backend": "cpu"})
+    options = {"backend": "cpu", **subject.freeze}
+    return Job(engine, case.name, subject.dtype, str(path), tuple(map(tuple, level.tolist())), options)
 
 
 def in_turns(before: Worker, after: Worker, turns: int, calls: int) -> tuple[list[float], list[float]]:
