@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--mixes", default="full,uniform", help="comma-separated level mixes")
     parser.add_argument("--subject", choices=list(SUBJECTS), default="float32", help="how it is frozen")
+    parser.add_argument("--selector", action="store_true", help="with the selector in front")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--turns", type=int, default=40)
     parser.add_argument("--calls", type=int, default=5, help="timed calls in a turn")
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         closing(Worker(options.threads, root=options.after)) as after,
     ):
         for name in options.mixes.split(","):
-            job = den_job(case, SUBJECTS[options.subject], options.batch, name, Path(folder))
+            job = den_job(case, SUBJECTS[options.subject], options.batch, name, Path(folder), options.selector)
             for worker in (before, after):
                 worker.build(job)
             if not np.allclose(before.result(), after.result(), rtol=1e-2, atol=1e-2):
@@ -54,13 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(line(name, *in_turns(before, after, options.turns, options.calls)), flush=True)
 
 
-def den_job(case: ModelCase, subject: Subject, batch: int, mix: str, folder: Path) -> Job:
-    """The frozen DEN on the `cpu` backend at the levels of a mix."""
+def den_job(case: ModelCase, subject: Subject, batch: int, mix: str, folder: Path, selector: bool = False) -> Job:
+    """The frozen DEN on the `cpu` backend at the levels of a mix; selector: with its selector in front."""
     path = folder / "images.npy"
     np.save(path, images(case, batch).contiguous().numpy())
     level = MIXES[mix].levels(batch, network(case.name).num_blocks, case.ratios)
     engine = "benchmarks.torch_engines:den_frozen"
-    options = {"backend": "cpu", **subject.freeze}
+    options = {"backend": "cpu", "freeze": dict(subject.freeze), "selector": selector}
     return Job(engine, case.name, subject.dtype, str(path), tuple(map(tuple, level.tolist())), options)
 
 

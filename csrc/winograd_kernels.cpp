@@ -12,10 +12,11 @@ using Element = DEN_ELEMENT;
 using Pass = den::WinogradPass<Element>;
 using Tile = den::WinogradTile<Element>;
 
+// Sums that a product keeps in registers.
 #if defined(DEN_512)
-constexpr int kMaxTiles = 12;
+constexpr int kSums = 24;
 #else
-constexpr int kMaxTiles = 6;
+constexpr int kSums = 12;
 #endif
 
 using Reg = Vec::Reg;
@@ -88,7 +89,7 @@ void product(const float* words, std::ptrdiff_t v_block, int channels, const flo
     const P* v = reinterpret_cast<const P*>(words);
     const P* weight = reinterpret_cast<const P*>(weight_words);
     Reg acc[R][NV];
-#pragma GCC unroll 12
+#pragma GCC unroll 24
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
         for (int n = 0; n < NV; ++n) acc[r][n] = Vec::zero();
@@ -99,7 +100,7 @@ void product(const float* words, std::ptrdiff_t v_block, int channels, const flo
             typename Words::Reg k[NV];
 #pragma GCC unroll 2
             for (int n = 0; n < NV; ++n) k[n] = Words::weights(w + n * kLanes * word, half);
-#pragma GCC unroll 12
+#pragma GCC unroll 24
             for (int r = 0; r < R; ++r) {
                 const typename Words::Reg b = Words::broadcast(x + r * kBlock * word, half);
 #pragma GCC unroll 2
@@ -136,7 +137,7 @@ void product(const float* words, std::ptrdiff_t v_block, int channels, const flo
         for (int i = 0; i < NV * kLanes * word; ++i) row[i] = i % word ? P{} : weight[i];
         step(v + (whole / kBlock * v_block + whole % kBlock) * word, row);
     }
-#pragma GCC unroll 12
+#pragma GCC unroll 24
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
         for (int n = 0; n < NV; ++n) Vec::store(out + r * kGroup + n * kLanes, acc[r][n]);
@@ -146,14 +147,15 @@ using ProductFn = void (*)(const float*, std::ptrdiff_t, int, const float*, Ahea
 
 template <class P, int NV>
 struct Products {
-    ProductFn of[kMaxTiles + 1];
+    static constexpr int most = kSums / NV;
+    ProductFn of[most + 1];
 
     template <int R>
     constexpr void fill() {
         of[R] = product<P, NV, R>;
         if constexpr (R > 1) fill<R - 1>();
     }
-    constexpr Products() : of{} { fill<kMaxTiles>(); }
+    constexpr Products() : of{} { fill<most>(); }
 };
 
 // Tiles [first, first + count) of a pass, which have equal channels, in a group of output channels.
@@ -163,7 +165,10 @@ struct Run {
 };
 
 // Products that a run's tiles are cut into at each point: as few as the registers allow, of about equal height.
-inline int parts_of(const Run& run) { return (run.count + kMaxTiles - 1) / kMaxTiles; }
+inline int parts_of(const Run& run) {
+    const int most = run.vectors == 1 ? kSums : kSums / 2;
+    return (run.count + most - 1) / most;
+}
 
 // M of one run at one point. Advances `ahead` over what its products asked for.
 template <class P>
