@@ -1,4 +1,4 @@
-// The convolution of a pass in register tiles: their shapes, the tiles that are computed together, the output vectors.
+// The convolution of a pass in register tiles: their shapes, the tiles of rows, the output vectors.
 #pragma once
 
 #include "conv_tile.h"
@@ -54,64 +54,8 @@ inline den::TapRange taps_of(const ConvPass& pass, int row) {
 
 inline bool same(den::TapRange a, den::TapRange b) { return a.begin == b.begin && a.end == b.end; }
 
-// Tiles that are computed together, segment by segment of input channels: the weights of a segment stay in the first cache
-// over all of them. The sums wait in memory between their segments, and lose nothing there.
 template <class V, int NV>
-class Band {
-public:
-    Band(const ConvPass& pass, const TileAtElement& at) : pass_(pass), at_(at) {}
-
-    void add(Tile tile, const Element* in, int row, int col, den::TapRange taps) {
-        if (count_ == kTiles) run();
-        placed_[count_++] = {tile, in, row, col, taps};
-    }
-
-    void run() {
-        constexpr int block = den::kMapBlock<Element>;
-        const int segment = blocks() * block;
-        int begin = 0, end;
-        do {
-            end = (at_.first_in + begin + segment) / block * block - at_.first_in;
-            TileAtElement at = at_;
-            at.opens = begin == 0, at.closes = end >= pass_.active_in;
-            if (at.closes) end = pass_.active_in;
-            at.weight += (std::ptrdiff_t)begin * (block / den::kWord<Element>) * pass_.taps;
-            at.first_in += begin, at.packed_in -= begin, at.channels = end - begin;
-            for (int i = 0; i < count_; ++i) {
-                const Placed& p = placed_[i];
-                at.in = p.in, at.row = p.row, at.col = p.col, at.taps = p.taps, at.sums = sums_ + i * kSums;
-                p.tile(pass_, at);
-            }
-            begin = end;
-        } while (begin < pass_.active_in);
-        count_ = 0;
-    }
-
-private:
-    // Blocks of input channels whose weights about fill a first cache. All of a 1x1, which gains nothing by less.
-    int blocks() const {
-        constexpr int bytes = 32 * 1024;
-        const int of_block = pass_.taps * NV * V::lanes * den::kBlock * (int)sizeof(float);
-        if (count_ == 1 || pass_.taps == 1) return pass_.active_in;
-        return of_block < bytes ? bytes / of_block : 1;
-    }
-
-    struct Placed {
-        Tile tile;
-        const Element* in;
-        int row, col;
-        den::TapRange taps;
-    };
-    static constexpr int kTiles = 32, kSums = Shape<NV>::rows * Shape<NV>::cols * NV * V::lanes;
-    const ConvPass& pass_;
-    const TileAtElement& at_;
-    Placed placed_[kTiles];
-    int count_ = 0;
-    alignas(64) float sums_[kTiles * kSums];
-};
-
-template <class V, int NV>
-void tile_rows(const ConvPass& pass, const TileAtElement& at, int row0, int row1) {
+void tile_rows(const ConvPass& pass, TileAtElement at, int row0, int row1) {
     // Two vectors by twelve pixels leave few instructions to hide the registers behind that a distance takes.
     constexpr int map_pixel = NV == 2 ? den::kMapBlock<Element> : 0;
     static constexpr Tiles<V, NV> of_map{Int<map_pixel>{}}, of_any{Int<0>{}};
@@ -120,21 +64,22 @@ void tile_rows(const ConvPass& pass, const TileAtElement& at, int row0, int row1
     // An even split: 16 pixels by tiles of up to 6 go as 6, 5, 5, not 6, 6, 4.
     const int count = (pass.width + cols - 1) / cols;
     const int narrow = pass.width / count, wider = pass.width % count;
-    Band<V, NV> band(pass, at);
     for (int row = row0; row < row1;) {
-        const den::TapRange taps = taps_of(pass, row);
+        at.taps = taps_of(pass, row);
         // Rows with other taps go alone, so that the sum of an output is the same in every tile.
-        const int height = row + rows <= row1 && same(taps, taps_of(pass, row + rows - 1)) ? rows : 1;
+        const int height = row + rows <= row1 && same(at.taps, taps_of(pass, row + rows - 1)) ? rows : 1;
         const Tile* set = height == rows ? tiles.whole : tiles.single;
         const Element* in = pass.in + row * pass.in_row;
-        for (int i = 0, col = 0; i < count; ++i) {
+        at.row = row;
+        at.col = 0;
+        for (int i = 0; i < count; ++i) {
             const int q = narrow + (i < wider);
-            band.add(set[q - 1], in + col * pass.in_pixel, row, col, taps);
-            col += q;
+            at.in = in + at.col * pass.in_pixel;
+            set[q - 1](pass, at);
+            at.col += q;
         }
         row += height;
     }
-    band.run();
 }
 
 inline int vectors_of(int channels) { return (channels + Vec::lanes - 1) / Vec::lanes; }
@@ -169,7 +114,6 @@ void conv(const ConvPass& pass, int unit0, int unit1, int row0, int row1) {
             at.weight = pass.weight + ((std::ptrdiff_t)group * units + out / den::kBlock) * weight_block +
                         out % den::kBlock * word;
             at.first_in = group * pass.group_in;
-            at.packed_in = pass.group_in;
             at.first_out = group * pass.group_out + out;
             at.lanes_out = lanes_written(pass, nv * Vec::lanes, left);
 #if defined(DEN_512)

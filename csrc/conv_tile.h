@@ -10,16 +10,12 @@
 
 namespace {
 
-// The place of one tile in its pass, and the segment of input channels that it is to read.
+// The place of one tile in its pass.
 template <class T>
 struct TileAt {
     const T* in;      // first pixel, channel block 0, tap offset 0
-    const T* weight;  // first vector of the tile, first channel of the segment
-    int first_in;     // first input channel of the segment: of its group, or of a block
-    int channels;     // of the segment
-    int packed_in;    // input channels of the group from first_in on, as packed
-    float* sums;      // of a tile between its segments
-    bool opens, closes;  // the first segment, the last
+    const T* weight;  // first vector of the tile
+    int first_in;     // first input channel of the group
     int first_out;    // first output channel of the tile
     int lanes_out;    // output channels to write: fewer than the tile has at a ragged end
     int row, col;
@@ -152,18 +148,12 @@ void tile(const den::BasicConvPass<T>& pass, const TileAt<T>& at) {
     const std::ptrdiff_t weight_block = weight_block_of(pass);
     const std::ptrdiff_t in_row = pass.in_row, in_pixel = Pixel ? Pixel : pass.in_pixel;
 
-    if (at.closes) prefetch<T, V, NV>(pass, at, R, Q);
+    prefetch<T, V, NV>(pass, at, R, Q);
     typename V::Reg acc[R * Q][NV];
-    const auto each_sum = [&](auto visit) __attribute__((always_inline)) {
 #pragma GCC unroll 32
-        for (int p = 0; p < R * Q; ++p)
+    for (int p = 0; p < R * Q; ++p)
 #pragma GCC unroll 4
-            for (int v = 0; v < NV; ++v) visit(acc[p][v], (p * NV + v) * V::lanes);
-    };
-    if (at.opens)
-        each_sum([](typename V::Reg& sum, int) { sum = V::zero(); });
-    else
-        each_sum([&](typename V::Reg& sum, int place) { sum = V::load(at.sums + place); });
+        for (int v = 0; v < NV; ++v) acc[p][v] = V::zero();
 
     // The pixels [Q0, Q1) of each row with `count` words of x, and the weights at w.
     const auto multiply = [&](auto from, auto to, const T* x, const T* w, int count, std::ptrdiff_t next_vectors)
@@ -202,17 +192,17 @@ void tile(const den::BasicConvPass<T>& pass, const TileAt<T>& at) {
     // Whole blocks of a 1x1 without padding: sixteen words are so few that what the loop below asks of each block shows.
     if (pass.taps == 1 && at.taps.end == 1 && !(pass.tap_edges && pass.tap_edges[0]) && at.first_in % block == 0) {
         const T* x = at.in + at.first_in / block * pass.in_block + pass.tap[0];
-        for (; done + block <= at.channels; done += block, x += pass.in_block, weight += block * (block / word)) {
+        for (; done + block <= pass.active_in; done += block, x += pass.in_block, weight += block * (block / word)) {
             if (first_reading) next_tile(x);
             multiply(Int<0>{}, Int<Q>{}, x, weight, block / word, weight_block);
         }
     }
-    while (done < at.channels) {
+    while (done < pass.active_in) {
         // A run of input channels inside one block; a group may begin in the middle of a block.
         const int c0 = at.first_in + done;
         const int room = block - c0 % block;
-        const int packed = room < at.packed_in - done ? room : at.packed_in - done;
-        const int run = packed < at.channels - done ? packed : at.channels - done;
+        const int packed = room < pass.group_in - done ? room : pass.group_in - done;
+        const int run = packed < pass.active_in - done ? packed : pass.active_in - done;
         // An odd width ends inside a pair of packed weights, of which the second must not be read.
         const int halves = run < packed ? run % word : 0;
         const int words = halves ? run / word : (run + word - 1) / word;
@@ -244,12 +234,16 @@ void tile(const den::BasicConvPass<T>& pass, const TileAt<T>& at) {
         done += packed;
     }
 
-    if (at.closes && at.lanes_out == NV * V::lanes && in_one_piece<T, V>(pass, at)) {
+    if (at.lanes_out == NV * V::lanes && in_one_piece<T, V>(pass, at)) {
         finish_whole<T, V, NV, R, Q>(pass, at, acc);
         return;
     }
-    each_sum([&](typename V::Reg& sum, int place) { V::store(at.sums + place, sum); });
-    if (at.closes) finish_ragged<T, V, NV>(pass, at, R, Q, at.sums);
+    alignas(64) float sums[R * Q][NV * V::lanes];
+#pragma GCC unroll 32
+    for (int p = 0; p < R * Q; ++p)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) V::store(sums[p] + v * V::lanes, acc[p][v]);
+    finish_ragged<T, V, NV>(pass, at, R, Q, sums[0]);
 }
 
 }  // namespace

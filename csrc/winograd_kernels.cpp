@@ -12,11 +12,11 @@ using Element = DEN_ELEMENT;
 using Pass = den::WinogradPass<Element>;
 using Tile = den::WinogradTile<Element>;
 
-// Sums that a product keeps in registers.
+// Tiles of a product of NV vectors: with two, as many as the registers hold.
 #if defined(DEN_512)
-constexpr int kSums = 24;
+template <int NV> constexpr int kMaxTiles = NV == 1 ? 16 : 12;
 #else
-constexpr int kSums = 12;
+template <int NV> constexpr int kMaxTiles = 6;
 #endif
 
 using Reg = Vec::Reg;
@@ -89,7 +89,7 @@ void product(const float* words, std::ptrdiff_t v_block, int channels, const flo
     const P* v = reinterpret_cast<const P*>(words);
     const P* weight = reinterpret_cast<const P*>(weight_words);
     Reg acc[R][NV];
-#pragma GCC unroll 24
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
         for (int n = 0; n < NV; ++n) acc[r][n] = Vec::zero();
@@ -100,7 +100,7 @@ void product(const float* words, std::ptrdiff_t v_block, int channels, const flo
             typename Words::Reg k[NV];
 #pragma GCC unroll 2
             for (int n = 0; n < NV; ++n) k[n] = Words::weights(w + n * kLanes * word, half);
-#pragma GCC unroll 24
+#pragma GCC unroll 16
             for (int r = 0; r < R; ++r) {
                 const typename Words::Reg b = Words::broadcast(x + r * kBlock * word, half);
 #pragma GCC unroll 2
@@ -137,7 +137,7 @@ void product(const float* words, std::ptrdiff_t v_block, int channels, const flo
         for (int i = 0; i < NV * kLanes * word; ++i) row[i] = i % word ? P{} : weight[i];
         step(v + (whole / kBlock * v_block + whole % kBlock) * word, row);
     }
-#pragma GCC unroll 24
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
         for (int n = 0; n < NV; ++n) Vec::store(out + r * kGroup + n * kLanes, acc[r][n]);
@@ -147,15 +147,14 @@ using ProductFn = void (*)(const float*, std::ptrdiff_t, int, const float*, Ahea
 
 template <class P, int NV>
 struct Products {
-    static constexpr int most = kSums / NV;
-    ProductFn of[most + 1];
+    ProductFn of[kMaxTiles<NV> + 1];
 
     template <int R>
     constexpr void fill() {
         of[R] = product<P, NV, R>;
         if constexpr (R > 1) fill<R - 1>();
     }
-    constexpr Products() : of{} { fill<most>(); }
+    constexpr Products() : of{} { fill<kMaxTiles<NV>>(); }
 };
 
 // Tiles [first, first + count) of a pass, which have equal channels, in a group of output channels.
@@ -166,7 +165,7 @@ struct Run {
 
 // Products that a run's tiles are cut into at each point: as few as the registers allow, of about equal height.
 inline int parts_of(const Run& run) {
-    const int most = run.vectors == 1 ? kSums : kSums / 2;
+    const int most = run.vectors == 1 ? kMaxTiles<1> : kMaxTiles<2>;
     return (run.count + most - 1) / most;
 }
 
