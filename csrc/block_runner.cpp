@@ -42,10 +42,7 @@ BlockRunner<T>::BlockRunner(const ResidualBlock& block) : block_(block), kernels
         ConvShape shape{channels,         conv.out_channels,          conv.groups, height, width,
                         {conv.kernel, conv.kernel}, {conv.stride, conv.stride}, {pad, pad},  {1, 1}};
         const Pair slack = m ? WinogradTiling<T>(m, shape).slack() : Pair{0, 0};
-        if (maps_.empty())
-            reads_x_ = conv.kernel == 1 && conv.stride == 1 && conv.groups == 1 && !block.pre_scale &&
-                       channels % kWord<T> == 0 && !(block.projection.weight && block.x == block.out) &&
-                       !has_half_words<T>(block.in_widths, block.levels);
+        if (maps_.empty()) reads_x_ = can_read_x(shape);
         maps_.emplace_back(shape, slack, conv.lines);
         map_at_.push_back(workspace_floats_);
         // A multiple of a cache line, like all that follows.
@@ -63,6 +60,17 @@ BlockRunner<T>::BlockRunner(const ResidualBlock& block) : block_(block), kernels
     // Of equal shapes the shortcut is x itself (a strided block of a map of one pixel too).
     plain_shortcut_ = block.shortcut && projection_.empty() && height == block.height && width == block.width &&
                       channels == block.channels;
+}
+
+template <class T>
+bool BlockRunner<T>::can_read_x(const ConvShape& first) const {
+    // Whether something is written over x before the last convolution, or by one that still reads it.
+    const bool in_place = block_.x == block_.out;
+    if (in_place && (block_.projection.weight || !block_.shortcut)) return false;
+    if (block_.convs[0].winograd)
+        return block_.channels % kBlock == 0 && !(in_place && block_.convs.size() == 1);
+    return first.kernel.y == 1 && first.stride.y == 1 && first.groups == 1 && !block_.pre_scale &&
+           block_.channels % kWord<T> == 0 && !has_half_words<T>(block_.in_widths, block_.levels);
 }
 
 template <class T>
@@ -229,7 +237,8 @@ std::vector<WinogradTile<T>> BlockRunner<T>::tiles(int i, int group, float* work
     const ConvShape& shape = maps_[i].conv();
     // Groups are whole blocks of the maps (winograd.h).
     const int first_in = group * shape.group_in(), first_out = group * shape.group_out();
-    const std::ptrdiff_t in = first_in / kMapBlock<T> * maps_[i].block_pitch();
+    const bool of_x = i == 0 && reads_x();
+    const std::ptrdiff_t in = of_x ? first_in : first_in / kMapBlock<T> * maps_[i].block_pitch();
     std::vector<WinogradTile<T>> tiles;
     tiles.reserve(std::size_t(count) * tiling(i).tiles());
     for (int s = 0; s < count; ++s) {
@@ -237,7 +246,7 @@ std::vector<WinogradTile<T>> BlockRunner<T>::tiles(int i, int group, float* work
         const int n = samples[s];
         if (first_in >= active_in(i, n) || first_out >= active_out(i, n)) continue;
         WinogradTile<T> tile{};
-        tile.in = map(workspace, i) + in;
+        tile.in = (of_x ? x(n) : map(workspace, i)) + in;
         tile.mul = workspace + scale_at_[i] + first_out;
         tile.add = tile.mul + scale_floats(conv);
         if (i + 1 < convs()) {
@@ -259,6 +268,13 @@ WinogradPass<T> BlockRunner<T>::winograd_pass(int i, int group, float* v, int ti
     const ConvShape& shape = maps_[i].conv();
     const std::size_t group_words = winograd_packed_words<T>(conv.winograd, shape.group_out(), shape.group_in());
     WinogradPass<T> pass = tiling(i).pass(maps_[i], static_cast<const float*>(conv.weight) + group * group_words, v, tiles);
+    if (i == 0 && reads_x()) {
+        tiling(i).read_images(pass);
+        if (block_.pre_scale) {
+            pass.in_mul = block_.pre_scale + group * shape.group_in();
+            pass.in_add = block_.pre_shift + group * shape.group_in();
+        }
+    }
     if (i + 1 < convs()) {
         const BasicBlockedMap<T>& next = maps_[i + 1];
         pass.relu = true;

@@ -63,9 +63,10 @@ private:
         return static_cast<T*>(block_.out) + std::ptrdiff_t(n) * out_height_ * out_width_ * out_channels_;
     }
     static std::size_t scale_floats(const BlockConv& conv) { return round_up(conv.out_channels, kBlock) + kBlock; }
-    // Whether the first convolution reads the input itself, not a padded copy: a 1x1 that nothing stands before, of an
-    // input that the shortcut does not overwrite.
+    // Whether the first convolution reads the input itself, not a padded copy: one by Winograd, whose tiles pass through the
+    // norm, or a 1x1 that nothing stands before. Of an input that is not overwritten meanwhile.
     bool reads_x() const { return reads_x_; }
+    bool can_read_x(const ConvShape& first) const;
     int active_in(int i, int n) const { return i ? hidden(n) : width_at(block_.in_widths, n, block_.channels); }
     int active_out(int i, int n) const {
         return i + 1 < convs() ? hidden(n) : width_at(block_.out_widths, n, out_channels_);

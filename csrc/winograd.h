@@ -32,7 +32,7 @@ inline int winograd_word(int tile) {
 // One tile of one sample.
 template <class T>
 struct WinogradTile {
-    const T* in;            // the sample's blocked map, padding included
+    const T* in;            // the sample's image, or its blocked map
     T* out;                 // the sample's output, addressed as BasicConvPass addresses it
     const T* residual;      // addressed like out, or null
     const float* mul;       // epilogue of the sample's level: relu(y * mul[c] + add[c] + residual)
@@ -45,7 +45,13 @@ struct WinogradTile {
 template <class T>
 struct WinogradPass {
     int tile;  // m
-    std::ptrdiff_t in_row, in_block;
+    // Input: pixel (y, x) of a tile's square, channel c is element  (row + y)*in_row + (col + x)*in_pixel + (c/b)*in_block +
+    // c%b  of its `in`, where (row, col) is the tile's place less the padding; or zero, outside of in_height rows and
+    // in_width columns. A blocked map has its zeros in itself, and no padding here.
+    std::ptrdiff_t in_row, in_pixel, in_block;
+    int in_height, in_width, pad_y, pad_x;
+    const float* in_mul;  // each pixel is read through relu(x * mul[c] + add[c]); null: as it is
+    const float* in_add;
     // V, counted in 32-bit words: point p, word c of tile t is at  v + p*v_point + (c/16)*v_block + t*16 + c%16.
     float* v;
     std::ptrdiff_t v_point, v_block;

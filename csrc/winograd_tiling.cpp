@@ -57,7 +57,10 @@ WinogradPass<T> WinogradTiling<T>::pass(const BasicBlockedMap<T>& map, const flo
     WinogradPass<T> pass{};
     pass.tile = tile_;
     pass.in_row = map.row_pitch();
+    pass.in_pixel = kMapBlock<T>;
     pass.in_block = map.block_pitch();
+    pass.in_height = round_up(conv_.out_height(), tile_) + 2;
+    pass.in_width = round_up(conv_.out_width(), tile_) + 2;
     pass.v = v;
     pass.v_block = std::ptrdiff_t(tiles) * kBlock;
     pass.v_point = winograd_pitch(std::ptrdiff_t(round_up(words(), kBlock)) * tiles);
@@ -67,6 +70,15 @@ WinogradPass<T> WinogradTiling<T>::pass(const BasicBlockedMap<T>& map, const flo
     pass.height = conv_.out_height();
     pass.width = conv_.out_width();
     return pass;
+}
+
+template <class T>
+void WinogradTiling<T>::read_images(WinogradPass<T>& pass) const {
+    pass.in_row = std::ptrdiff_t(conv_.width) * conv_.in_channels;
+    pass.in_pixel = conv_.in_channels;
+    pass.in_block = kMapBlock<T>;
+    pass.in_height = conv_.height, pass.in_width = conv_.width;
+    pass.pad_y = conv_.padding.y, pass.pad_x = conv_.padding.x;
 }
 
 template <class T>

@@ -31,6 +31,8 @@ public:
     void append(WinogradTile<T> sample, std::vector<WinogradTile<T>>& tiles) const;
     // The pass over `tiles` tiles of such maps; where their output lies and its ReLU are still to be set.
     WinogradPass<T> pass(const BasicBlockedMap<T>& map, const float* weight, float* v, int tiles) const;
+    // Has it read NHWC images in place of maps. Their channels must fill whole vectors: kBlock of them or a multiple.
+    void read_images(WinogradPass<T>& pass) const;
     // Groups [group0, group1) of output channels of the tiles of a pass, at most a chunk; behind its V there is room for the
     // products.
     void convolve(const WinogradPass<T>& pass, const WinogradTile<T>* tiles, int count, int group0, int group1) const;
