@@ -30,10 +30,10 @@ public:
         return winograd_packed_words<T>(kTile, args_.shape.out_channels, args_.shape.in_channels);
     }
     // Of one thread: V and products of a chunk of tiles, and the maps of a team.
-    std::size_t bench_floats() const { return tiling_.chunk_floats(team_) + team_ * map_.floats(); }
+    std::size_t bench_floats() const { return tiling_.chunk_floats(team_) + (reads_x() ? 0 : team_ * map_.floats()); }
 
     void zero_borders(float* bench) const {
-        for (int s = 0; s < team_; ++s) map_.zero_border(map(bench, s), args_.shape.in_channels);
+        for (int s = 0; s < team_ && !reads_x(); ++s) map_.zero_border(map(bench, s), args_.shape.in_channels);
     }
 
     void run(const int* samples, int count, const float* weight, float* bench) const {
@@ -42,8 +42,8 @@ public:
             const int n = samples[s];
             args_.fill_rest(n, 0, args_.shape.out_height());
             if (args_.computed(n) == 0) continue;
-            load(n, map(bench, s));
-            add_tiles(n, map(bench, s), tiles);
+            if (!reads_x()) load(n, map(bench, s));
+            add_tiles(n, reads_x() ? x(n) : map(bench, s), tiles);
         }
         const int total = int(tiles.size()), chunks = ceil_div(total, tiling_.chunk());
         for (int c = 0; c < chunks; ++c) {
@@ -53,12 +53,17 @@ public:
     }
 
 private:
+    // Whether tiles are read from the images themselves.
+    bool reads_x() const { return args_.shape.in_channels % kBlock == 0; }
+    const T* x(int n) const {
+        const ConvShape& s = args_.shape;
+        return args_.x + std::ptrdiff_t(n) * s.height * s.width * s.in_channels;
+    }
     T* map(float* bench, int s) const { return elements<T>(bench + tiling_.chunk_floats(team_) + s * map_.floats()); }
 
     void load(int n, T* to) const {
         const ConvShape& s = args_.shape;
-        const T* image = args_.x + std::ptrdiff_t(n) * s.height * s.width * s.in_channels;
-        kernels_.load(map_.load(to, image, s.in_channels, args_.in_width[n]), 0, s.height);
+        kernels_.load(map_.load(to, x(n), s.in_channels, args_.in_width[n]), 0, s.height);
     }
 
     void add_tiles(int n, const T* from, std::vector<WinogradTile<T>>& tiles) const {
@@ -76,6 +81,7 @@ private:
     WinogradPass<T> pass_of(const float* weight, float* v, int tiles) const {
         const ConvShape& s = args_.shape;
         WinogradPass<T> pass = tiling_.pass(map_, weight, v, tiles);
+        if (reads_x()) tiling_.read_images(pass);
         pass.out_row = std::ptrdiff_t(s.out_width()) * s.out_channels;
         pass.out_block = kMapBlock<T>;
         pass.out_col = out_columns_.data();

@@ -32,6 +32,8 @@ def convolutions(draw, image: bool = False) -> dict:
     """A convolution of any kind, with a level for each sample. image: of the few channels of an image."""
     groups, levels = 1 if image else draw(st.sampled_from((1, 1, 1, 2, 4))), draw(st.integers(1, 3))
     inputs, outputs = (groups * draw(st.integers(1, most // groups)) for most in (5 if image else 70, 70))
+    if not image:  # of whole blocks tiles are read without a copy
+        inputs = draw(st.sampled_from((inputs, 16 * groups)))
 
     def ascending(most: int) -> list[int]:
         return sorted(draw(st.lists(st.integers(1, most), min_size=levels, max_size=levels)))
