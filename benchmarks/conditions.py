@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import time
+import timeit
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -53,6 +54,27 @@ def _cpu_name() -> str:
         return platform.processor() or "unknown"
     # A virtual machine's name may hide the generation; family and model tell it.
     return f"{found['model name']} (family {found.get('cpu family')}, model {found.get('model')})"
+
+
+def thread_speedup() -> float | None:
+    """How many times faster all of torch's threads multiply matrices than one does; None where there is one.
+
+    About their number on cores of their own. About 1 where a virtual machine's processors are hardware threads of one
+    core, or its host shares them out: each thread then has its part of the arithmetic and of the near caches.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return None
+    a = torch.rand(512, 512)  # about a millisecond of one core, out of its second cache
+    fastest = {}
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            torch.mm(a, a)
+            fastest[count] = min(timeit.repeat(lambda: torch.mm(a, a), number=1, repeat=7))
+    finally:
+        torch.set_num_threads(threads)
+    return fastest[1] / fastest[threads]
 
 
 class Disturbance:

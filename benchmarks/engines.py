@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.conditions import Disturbance
+from benchmarks.conditions import Disturbance, thread_speedup
 from benchmarks.worker import CLOCKS, SHORT_CALL_S, Job, Worker, timed
 from den_kernels.backends import load
 
@@ -101,10 +101,15 @@ def assert_close(name: str, got: Tensor, expected: Tensor, tolerance: float) -> 
 
 @dataclass
 class Measured:
-    """Of one case: seconds of every run of each engine, and the share of the machine that others took meanwhile."""
+    """Of one case: seconds of every run of each engine, and what the machine was like meanwhile.
+
+    disturbance: the share of it that others took. thread_speedup: see `conditions.thread_speedup`; the mean of before
+    and after.
+    """
 
     seconds: dict[str, list[float]]
     disturbance: float | None
+    thread_speedup: float | None
 
 
 class Replay:
@@ -152,13 +157,15 @@ def take_turns(benchmark: Any, engines: Sequence[Engine], budget_s: float, keep:
     rounds = min(MAX_ROUNDS, least + max(0, more))
 
     samples: dict[str, list[float]] = {engine.name: [] for engine in engines}
+    before = thread_speedup()
     watch = Disturbance([os.getpid(), *(e.pid for e in engines if isinstance(e, InWorker))])
     for number in range(rounds):
         playing = list(engines) if number < least else stay
         shift = number % len(playing)
         for engine in (*playing[shift:], *playing[:shift]):
             samples[engine.name] += engine.time(calls[engine.name])
-    measured = Measured(samples, watch.share())
+    share, after = watch.share(), thread_speedup()
+    measured = Measured(samples, share, None if before is None or after is None else (before + after) / 2)
 
     CLOCK.seconds = list(samples[engines[0].name])
     benchmark.pedantic(CLOCK.run, rounds=len(CLOCK.seconds))
@@ -166,4 +173,5 @@ def take_turns(benchmark: Any, engines: Sequence[Engine], budget_s: float, keep:
         name: round(1e3 * statistics.median(seconds), 4) for name, seconds in samples.items()
     }
     benchmark.extra_info["disturbance"] = measured.disturbance
+    benchmark.extra_info["thread_speedup"] = measured.thread_speedup
     return measured

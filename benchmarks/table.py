@@ -43,6 +43,7 @@ class Row:
     flop_ratio: FLOPs of the full network over those that the levels leave, the estimator's alone.
     dense: names of the engines in `times` that always do the full network's work.
     disturbance: share of the machine that others took while the case was timed, None where unknown.
+    thread_speedup: how many times faster all threads multiplied than one, beside it; None with one thread, or unknown.
     """
 
     group: str
@@ -55,6 +56,7 @@ class Row:
     times: dict[str, Time]
     dense: list[str]
     disturbance: float | None = None
+    thread_speedup: float | None = None
 
     @property
     def dense_engine(self) -> str:
@@ -121,7 +123,7 @@ def read_json(path: Path) -> tuple[list[Row], Conditions]:
 
 def row_of(values: Mapping[str, Any]) -> Row:
     """The row that `Row.asdict` told. Raises KeyError or TypeError for other values."""
-    fields = {name: values[name] for name in Row.__dataclass_fields__}
+    fields = {name: values[name] for name in Row.__dataclass_fields__ if name in values}
     return Row(**{**fields, "times": {name: Time(**time) for name, time in fields["times"].items()}})
 
 
@@ -141,6 +143,12 @@ def headline(rows: Sequence[Row], conditions: Conditions) -> list[str]:
         lines.append(
             f"Others took {100 * statistics.median(shares):.0f}% of the machine during the median row, "
             f"{100 * max(shares):.0f}% during the worst."
+        )
+    speedups = [row.thread_speedup for row in rows if row.thread_speedup is not None]
+    if speedups:
+        lines.append(
+            f"Beside the median row {facts['threads']} threads multiplied matrices {statistics.median(speedups):.2f}x as "
+            f"fast as one, beside the worst {min(speedups):.2f}x: cores of their own would make it {facts['threads']}x."
         )
     return lines
 

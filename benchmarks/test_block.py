@@ -136,5 +136,6 @@ def test_block(benchmark, rows, clock: str, case: cases.BlockCase, backend: str,
                 times,
                 [dense.name],
                 measured.disturbance,
+                measured.thread_speedup,
             )
         )

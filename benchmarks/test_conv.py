@@ -77,5 +77,6 @@ def test_conv(benchmark, rows, clock: str, case: cases.ConvCase, backend: str, b
                 times,
                 [dense.name],
                 measured.disturbance,
+                measured.thread_speedup,
             )
         )

@@ -97,6 +97,7 @@ def test_network(
                 times={name: Time.of(seconds) for name, seconds in measured.seconds.items()},
                 dense=[engine.name for engine in dense],
                 disturbance=measured.disturbance,
+                thread_speedup=measured.thread_speedup,
             )
         )
 

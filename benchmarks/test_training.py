@@ -70,5 +70,6 @@ def test_training(
                 {engine: Time.of(seconds) for engine, seconds in measured.seconds.items()},
                 [opponent.name],
                 measured.disturbance,
+                measured.thread_speedup,
             )
         )

@@ -195,3 +195,17 @@ def test_disturbance_reads_this_system() -> None:
     share = conditions.Disturbance([conditions.os.getpid()]).share()
     assert share is None or 0 <= share <= 1
     assert conditions.Disturbance([2**22 + 1]).share() is None  # no such process
+
+
+def test_threads_that_share_a_core_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {1: 0.010, 2: 0.008}
+    monkeypatch.setattr(conditions.timeit, "repeat", lambda *args, **kwargs: [seconds[torch.get_num_threads()], 1.0])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert conditions.thread_speedup() == pytest.approx(1.25)
+        assert torch.get_num_threads() == 2
+        torch.set_num_threads(1)
+        assert conditions.thread_speedup() is None
+    finally:
+        torch.set_num_threads(threads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -166,3 +167,19 @@ def test_held_bytes_count_a_shared_weight_once() -> None:
     assert memory.held_bytes(nn.Sequential(first, second)) == 2 * 4 * (6 + 2)
     second.weight = first.weight
     assert memory.held_bytes(nn.Sequential(first, second, nn.BatchNorm1d(5))) == 4 * (6 + 2 + 2) + 4 * 4 * 5 + 8
+
+
+def test_threads_that_shared_a_core_are_told() -> None:
+    rows = [dataclasses.replace(row(**FULL), thread_speedup=speedup) for speedup in (1.9, 1.1, 1.5)]
+    told = "2 threads multiplied matrices 1.50x as fast as one, beside the worst 1.10x"
+    assert any(told in line for line in table.headline(rows, CONDITIONS))
+    assert not any("multiplied" in line for line in table.headline([row(**FULL)], CONDITIONS))
+
+
+def test_a_table_from_before_thread_speedups_can_be_read() -> None:
+    values = row(**FULL).asdict()
+    del values["thread_speedup"]
+    assert table.row_of(values) == row(**FULL)
+    del values["times"]
+    with pytest.raises(KeyError):
+        table.row_of(values)
