@@ -171,7 +171,7 @@ def test_held_bytes_count_a_shared_weight_once() -> None:
 
 def test_threads_that_shared_a_core_are_told() -> None:
     rows = [dataclasses.replace(row(**FULL), thread_speedup=speedup) for speedup in (1.9, 1.1, 1.5)]
-    told = "2 threads multiplied matrices 1.50x as fast as one, beside the worst 1.10x"
+    told = "2 threads multiplied matrices 1.50x as fast as one beside the median row, 1.10x beside the worst"
     assert any(told in line for line in table.headline(rows, CONDITIONS))
     assert not any("multiplied" in line for line in table.headline([row(**FULL)], CONDITIONS))
 
