@@ -147,8 +147,8 @@ def headline(rows: Sequence[Row], conditions: Conditions) -> list[str]:
     speedups = [row.thread_speedup for row in rows if row.thread_speedup is not None]
     if speedups:
         lines.append(
-            f"{facts['threads']} threads multiplied matrices {statistics.median(speedups):.2f}x as fast as one beside the "
-            f"median row, {min(speedups):.2f}x beside the worst: on cores of their own it would be {facts['threads']}x."
+            f"{facts['threads']} threads multiplied matrices {statistics.median(speedups):.2f}x as fast as one beside "
+            f"the median row, {min(speedups):.2f}x beside the worst; on cores of their own {facts['threads']}x."
         )
     return lines
 
