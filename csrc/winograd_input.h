@@ -1,0 +1,140 @@
+// The input's transform, and the names that the Winograd kernels share.
+#pragma once
+
+#include "kernels.h"
+#include "vec.h"
+#include "winograd.h"
+#include "winograd_transforms.h"
+
+namespace {
+
+using Element = DEN_ELEMENT;
+using Pass = den::WinogradPass<Element>;
+using Tile = den::WinogradTile<Element>;
+using Reg = Vec::Reg;
+constexpr int kLanes = Vec::lanes;
+constexpr int kBlock = den::kBlock;                  // words in a block of V
+constexpr int kMapBlock = den::kMapBlock<Element>;  // channels in a block of a map
+
+// What V and U hold for tiles of M outputs a side.
+template <int M>
+struct Points {
+    using Type = float;
+};
+template <>
+struct Points<2> {
+    using Type = Element;
+};
+
+// V of one tile from a vector of channels of its square, read(y, x); `to`: where its first point lies. Lines of the next tile
+// are asked for: V is too large for the first cache, and its stores would wait.
+template <int M, class P, class Read>
+inline __attribute__((always_inline)) void transform_square(const Pass& pass, P* to, Read read) {
+    constexpr int side = Transform<Vec, M>::side, word = den::kWord<P>;
+    Reg rows[side * side];  // B^T d
+#pragma GCC unroll 6
+    for (int x = 0; x < side; ++x) {
+        Reg column[side];
+#pragma GCC unroll 6
+        for (int y = 0; y < side; ++y) column[y] = read(y, x);
+        Transform<Vec, M>::input(column, 1, rows + x, side);
+    }
+#pragma GCC unroll 6
+    for (int y = 0; y < side; ++y) {
+        Reg points[side];
+        Transform<Vec, M>::input(rows + y * side, 1, points, 1);
+#pragma GCC unroll 6
+        for (int x = 0; x < side; ++x) {
+            P* point = to + (y * side + x) * pass.v_point * word;
+            __builtin_prefetch(point + kBlock * word, 1);
+            Vec::store(point, points[x]);
+        }
+    }
+}
+
+// Tiles side by side, whose squares are copied together where they are copied.
+constexpr int kRowTiles = 4;
+
+// Copies `columns` columns of Side rows of the input, from (row, col) on, the vector of channels at c: `activated` of what
+// lies inside, zeros for the rest.
+template <int Side, class Activated>
+inline __attribute__((always_inline)) void copy_squares(const Pass& pass, const Element* in, int row, int col, int columns,
+                                                        int c, float* squares, Activated activated) {
+    const Element* channels = in + (c / kMapBlock) * pass.in_block + c % kMapBlock;
+    const int left = col < 0 ? -col : 0, right = col + columns > pass.in_width ? pass.in_width - col : columns;
+    for (int y = row; y < row + Side; ++y, squares += columns * kLanes) {
+        const bool inside = y >= 0 && y < pass.in_height;
+        const int first = inside ? left : columns, last = inside ? right : columns;
+        const Element* pixel = first < last ? channels + (y * pass.in_row + (col + first) * pass.in_pixel) : nullptr;
+        for (int x = 0; x < first; ++x) Vec::store(squares + x * kLanes, Vec::zero());
+        for (int x = first; x < last; ++x, pixel += pass.in_pixel)
+            Vec::store(squares + x * kLanes, activated(Vec::load(pixel)));
+        for (int x = last; x < columns; ++x) Vec::store(squares + x * kLanes, Vec::zero());
+    }
+}
+
+template <int Side>
+void copy_squares(const Pass& pass, const Element* in, int row, int col, int columns, int c, float* squares) {
+    if (pass.in_mul) {
+        const Reg mul = Vec::load(pass.in_mul + c), add = Vec::load(pass.in_add + c);
+        copy_squares<Side>(pass, in, row, col, columns, c, squares, [=](Reg x) __attribute__((always_inline)) {
+            return Vec::at_least(Vec::zero(), Vec::fma(x, mul, add));
+        });
+    } else {
+        copy_squares<Side>(pass, in, row, col, columns, c, squares, [](Reg x) __attribute__((always_inline)) { return x; });
+    }
+}
+
+// V of `count` tiles side by side.
+template <int M>
+void input_row(const Pass& pass, const Tile& tile, int count, float* words) {
+    using P = typename Points<M>::Type;
+    constexpr int side = M + 2, word = den::kWord<P>, block = kBlock * word;
+    const int row = tile.row - pass.pad_y, col = tile.col - pass.pad_x, columns = M * count + 2;
+    const bool inside = row >= 0 && col >= 0 && row + side <= pass.in_height && col + columns <= pass.in_width;
+    const bool as_it_lies = inside && !pass.in_mul;
+    alignas(64) float squares[side * (M * kRowTiles + 2) * kLanes];
+    P* v = reinterpret_cast<P*>(words);
+    for (int c = 0; c < tile.active_in; c += kLanes) {
+        P* to = v + (c / block) * pass.v_block * word + c % block;
+        if (as_it_lies) {
+            const Element* d = tile.in + row * pass.in_row + col * pass.in_pixel + (c / kMapBlock) * pass.in_block + c % kMapBlock;
+            for (int t = 0; t < count; ++t, to += block, d += M * pass.in_pixel)
+                transform_square<M>(pass, to, [&](int y, int x) __attribute__((always_inline)) {
+                    return Vec::load(d + y * pass.in_row + x * pass.in_pixel);
+                });
+        } else {
+            copy_squares<side>(pass, tile.in, row, col, columns, c, squares);
+            const float* d = squares;
+            for (int t = 0; t < count; ++t, to += block, d += M * kLanes)
+                transform_square<M>(pass, to, [&](int y, int x) __attribute__((always_inline)) {
+                    return Vec::load(d + (y * columns + x) * kLanes);
+                });
+        }
+    }
+    // The other halves of the last pairs.
+    if (const int c = tile.active_in; c % word)
+        for (int t = 0; t < count; ++t)
+            for (int p = 0; p < side * side; ++p)
+                v[(c / block) * pass.v_block * word + t * block + c % block + p * pass.v_point * word] = P{};
+}
+
+// How many tiles from `tile` on, of `most`, lie side by side.
+inline int tiles_of_row(const Tile* tile, int most) {
+    int count = 1;
+    while (count < most && tile[count].in == tile->in && tile[count].row == tile->row) ++count;
+    return count;
+}
+
+void input(const Pass& pass, const Tile* tiles, int tile0, int tile1) {
+    for (int t = tile0; t < tile1;) {
+        const int count = tiles_of_row(tiles + t, tile1 - t < kRowTiles ? tile1 - t : kRowTiles);
+        if (pass.tile == 4)
+            input_row<4>(pass, tiles[t], count, pass.v + t * kBlock);
+        else
+            input_row<2>(pass, tiles[t], count, pass.v + t * kBlock);
+        t += count;
+    }
+}
+
+}  // namespace
