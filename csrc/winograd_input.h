@@ -55,13 +55,15 @@ inline __attribute__((always_inline)) void transform_square(const Pass& pass, P*
 // Tiles side by side, whose squares are copied together where they are copied.
 constexpr int kRowTiles = 4;
 
+inline int between(int low, int value, int high) { return value < low ? low : value > high ? high : value; }
+
 // Copies `columns` columns of Side rows of the input, from (row, col) on, the vector of channels at c: `activated` of what
 // lies inside, zeros for the rest.
 template <int Side, class Activated>
 inline __attribute__((always_inline)) void copy_squares(const Pass& pass, const Element* in, int row, int col, int columns,
                                                         int c, float* squares, Activated activated) {
     const Element* channels = in + (c / kMapBlock) * pass.in_block + c % kMapBlock;
-    const int left = col < 0 ? -col : 0, right = col + columns > pass.in_width ? pass.in_width - col : columns;
+    const int left = between(0, -col, columns), right = between(left, pass.in_width - col, columns);
     for (int y = row; y < row + Side; ++y, squares += columns * kLanes) {
         const bool inside = y >= 0 && y < pass.in_height;
         const int first = inside ? left : columns, last = inside ? right : columns;
@@ -98,7 +100,8 @@ void input_row(const Pass& pass, const Tile& tile, int count, float* words) {
     for (int c = 0; c < tile.active_in; c += kLanes) {
         P* to = v + (c / block) * pass.v_block * word + c % block;
         if (as_it_lies) {
-            const Element* d = tile.in + row * pass.in_row + col * pass.in_pixel + (c / kMapBlock) * pass.in_block + c % kMapBlock;
+            const std::ptrdiff_t channels = (c / kMapBlock) * pass.in_block + c % kMapBlock;
+            const Element* d = tile.in + row * pass.in_row + col * pass.in_pixel + channels;
             for (int t = 0; t < count; ++t, to += block, d += M * pass.in_pixel)
                 transform_square<M>(pass, to, [&](int y, int x) __attribute__((always_inline)) {
                     return Vec::load(d + y * pass.in_row + x * pass.in_pixel);
