@@ -55,23 +55,20 @@ inline __attribute__((always_inline)) void transform_square(const Pass& pass, P*
 // Tiles side by side, whose squares are copied together where they are copied.
 constexpr int kRowTiles = 4;
 
-inline int between(int low, int value, int high) { return value < low ? low : value > high ? high : value; }
-
 // Copies `columns` columns of Side rows of the input, from (row, col) on, the vector of channels at c: `activated` of what
 // lies inside, zeros for the rest.
 template <int Side, class Activated>
 inline __attribute__((always_inline)) void copy_squares(const Pass& pass, const Element* in, int row, int col, int columns,
                                                         int c, float* squares, Activated activated) {
-    const Element* channels = in + (c / kMapBlock) * pass.in_block + c % kMapBlock;
-    const int left = between(0, -col, columns), right = between(left, pass.in_width - col, columns);
-    for (int y = row; y < row + Side; ++y, squares += columns * kLanes) {
-        const bool inside = y >= 0 && y < pass.in_height;
-        const int first = inside ? left : columns, last = inside ? right : columns;
-        const Element* pixel = first < last ? channels + (y * pass.in_row + (col + first) * pass.in_pixel) : nullptr;
-        for (int x = 0; x < first; ++x) Vec::store(squares + x * kLanes, Vec::zero());
-        for (int x = first; x < last; ++x, pixel += pass.in_pixel)
-            Vec::store(squares + x * kLanes, activated(Vec::load(pixel)));
-        for (int x = last; x < columns; ++x) Vec::store(squares + x * kLanes, Vec::zero());
+    std::ptrdiff_t pixel = row * pass.in_row + col * pass.in_pixel + (c / kMapBlock) * pass.in_block + c % kMapBlock;
+    for (int x = col; x < col + columns; ++x, pixel += pass.in_pixel, squares += kLanes) {
+        const bool column_inside = x >= 0 && x < pass.in_width;
+#pragma GCC unroll 6
+        for (int y = 0; y < Side; ++y) {
+            const bool inside = column_inside && row + y >= 0 && row + y < pass.in_height;
+            const Reg value = inside ? activated(Vec::load(in + (pixel + y * pass.in_row))) : Vec::zero();
+            Vec::store(squares + y * columns * kLanes, value);
+        }
     }
 }
 
