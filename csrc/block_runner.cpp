@@ -64,11 +64,9 @@ BlockRunner<T>::BlockRunner(const ResidualBlock& block) : block_(block), kernels
 
 template <class T>
 bool BlockRunner<T>::can_read_x(const ConvShape& first) const {
-    // Nothing may be written over x before the first convolution has read it.
-    const bool in_place = block_.x == block_.out;
-    if (in_place && (block_.projection.weight || !block_.shortcut)) return false;
-    if (block_.convs[0].winograd)  // reads whole vectors
-        return block_.channels % kBlock == 0 && !(in_place && block_.convs.size() == 1);
+    // In place a projection overwrites x before the first convolution; else only the last one writes, of two or three.
+    if (block_.projection.weight && block_.x == block_.out) return false;
+    if (block_.convs[0].winograd) return block_.channels % kBlock == 0;  // it reads whole vectors
     return first.kernel.y == 1 && first.stride.y == 1 && first.groups == 1 && !block_.pre_scale &&
            block_.channels % kWord<T> == 0 && !has_half_words<T>(block_.in_widths, block_.levels);
 }

@@ -3,7 +3,7 @@
 // Elements are float or bf16; sums, scales and shifts are float. The kernels work in 32-bit *words*: one float, or two
 // neighbouring bf16 channels, which are multiplied and added as a pair.
 //
-// Activations that a convolution reads lie in scratch as a *blocked map*, [C/b][row][column][b], with the zero padding
+// Activations that a direct convolution reads, and those between two convolutions, lie in scratch as a *blocked map*, [C/b][row][column][b], with the zero padding
 // around them: the pixels of a register tile are then a constant distance apart, whatever the channel count. A block
 // is a cache line: b is 16 floats or 32 bf16. With a column stride s the columns are kept in s phases (column x at phase
 // x % s, place x / s), so that strided convolutions read neighbours too.

@@ -29,11 +29,12 @@ public:
     std::size_t weight_floats() const {
         return winograd_packed_words<T>(kTile, args_.shape.out_channels, args_.shape.in_channels);
     }
-    // Of one thread: V and products of a chunk of tiles, and the maps of a team.
+    // Of one thread: V and products of a chunk of tiles, and the maps of a team if it needs any.
     std::size_t bench_floats() const { return tiling_.chunk_floats(team_) + (reads_x() ? 0 : team_ * map_.floats()); }
 
     void zero_borders(float* bench) const {
-        for (int s = 0; s < team_ && !reads_x(); ++s) map_.zero_border(map(bench, s), args_.shape.in_channels);
+        if (reads_x()) return;
+        for (int s = 0; s < team_; ++s) map_.zero_border(map(bench, s), args_.shape.in_channels);
     }
 
     void run(const int* samples, int count, const float* weight, float* bench) const {
