@@ -56,8 +56,7 @@ inline bool same(den::TapRange a, den::TapRange b) { return a.begin == b.begin &
 
 template <class V, int NV>
 void tile_rows(const ConvPass& pass, TileAtElement at, int row0, int row1) {
-    // Many pixels by few vectors leave few instructions to hide the registers behind that a distance takes.
-    constexpr int map_pixel = NV <= 2 ? den::kMapBlock<Element> : 0;
+    constexpr int map_pixel = den::kMapBlock<Element>;
     static constexpr Tiles<V, NV> of_map{Int<map_pixel>{}}, of_any{Int<0>{}};
     const Tiles<V, NV>& tiles = pass.in_pixel == map_pixel ? of_map : of_any;
     constexpr int rows = Tiles<V, NV>::rows, cols = Tiles<V, NV>::cols;

@@ -159,24 +159,28 @@ void tile(const den::BasicConvPass<T>& pass, const TileAt<T>& at) {
     const auto multiply = [&](auto from, auto to, const T* x, const T* w, int count, std::ptrdiff_t next_vectors)
                               __attribute__((always_inline)) {
         constexpr int q0 = decltype(from)::value, q1 = decltype(to)::value;
-        for (int c = 0; c < count; ++c, x += word, w += block) {
+        const T* row[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) row[r] = x + r * in_row;
+        for (int c = 0; c < count; ++c, w += block) {
 #pragma GCC unroll 2
             for (int step = 0; step < P::steps; ++step) {
                 // Words are loaded anew in each step: kept from the first, they would take all registers.
-                if constexpr (P::steps > 1) __asm__("" : "+r"(x), "+r"(w));
+                if constexpr (P::steps > 1) __asm__("" : "+r"(w));
                 typename P::Reg k[NV];
 #pragma GCC unroll 4
                 for (int v = 0; v < NV; ++v)
                     k[v] = P::weights(w + (v / per_block) * next_vectors + (v % per_block) * V::lanes * word, step);
 #pragma GCC unroll 4
-                for (int r = 0; r < R; ++r)
+                for (int r = 0; r < R; ++r) {
+                    __asm__("" : "+r"(row[r]));
 #pragma GCC unroll 32
-                    for (int q = q0; q < q1; ++q) {
-                        const typename P::Reg b = P::broadcast(x + r * in_row + q * in_pixel, step);
-#pragma GCC unroll 4
-                        for (int v = 0; v < NV; ++v) acc[r * Q + q][v] = P::fma(b, k[v], acc[r * Q + q][v]);
-                    }
+                    for (int q = q0; q < q1; ++q)
+                        add_products<V>(row[r] + q * in_pixel, k, step, r * Q + q, acc[r * Q + q]);
+                }
             }
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) row[r] += word;
         }
     };
 

@@ -209,10 +209,34 @@ template <class V>
 struct Product<V, float> {
     using Reg = typename V::Reg;
     static constexpr int steps = 1;
+    static constexpr bool reads_memory = false;  // whether fma takes x in memory, too
     static Reg weights(const float* p, int) { return V::load(p); }
     static Reg broadcast(const float* p, int) { return V::broadcast(p); }
     static Reg fma(Reg x, Reg k, Reg sum) { return V::fma(x, k, sum); }
 };
+
+#if defined(DEN_512) && !defined(__SANITIZE_ADDRESS__)
+
+// In assembly, so that the multiply-adds are these: left to itself GCC copies accumulators between registers, and broadcasts
+// a word once for all.
+template <>
+struct Product<Vec16, float> {
+    using Reg = __m512;
+    static constexpr int steps = 1;
+    static constexpr bool reads_memory = true;
+    static Reg weights(const float* p, int) { return Vec16::load(p); }
+    static Reg broadcast(const float* p, int) { return Vec16::broadcast(p); }
+    static Reg fma(Reg x, Reg k, Reg sum) {
+        __asm__("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(k));
+        return sum;
+    }
+    static Reg fma(const float* x, Reg k, Reg sum) {
+        __asm__("vfmadd231ps %1%{1to16%}, %2, %0" : "+v"(sum) : "m"(*x), "v"(k));
+        return sum;
+    }
+};
+
+#endif
 
 #if defined(DEN_ISA_AVX512_BF16)
 
@@ -220,6 +244,7 @@ template <>
 struct Product<Vec16, bf16> {
     using Reg = Vec16::Words;
     static constexpr int steps = 1;
+    static constexpr bool reads_memory = false;
     static Reg weights(const bf16* p, int) { return Vec16::words(p); }
     static Reg broadcast(const bf16* p, int) { return Vec16::broadcast_word(p); }
     static __m512 fma(Reg x, Reg k, __m512 sum) { return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)k); }
@@ -229,6 +254,7 @@ template <>
 struct Product<Vec8, bf16> {
     using Reg = Vec8::Words;
     static constexpr int steps = 1;
+    static constexpr bool reads_memory = false;
     static Reg weights(const bf16* p, int) { return Vec8::words(p); }
     static Reg broadcast(const bf16* p, int) { return Vec8::broadcast_word(p); }
     static __m256 fma(Reg x, Reg k, __m256 sum) { return _mm256_dpbf16_ps(sum, (__m256bh)x, (__m256bh)k); }
@@ -241,6 +267,7 @@ template <class V>
 struct Product<V, bf16> {
     using Reg = typename V::Reg;
     static constexpr int steps = 2;
+    static constexpr bool reads_memory = false;
     static Reg weights(const bf16* p, int step) { return widen(V::words(p), step); }
     static Reg broadcast(const bf16* p, int step) { return widen(V::broadcast_word(p), step); }
     static Reg fma(Reg x, Reg k, Reg sum) { return V::fma(x, k, sum); }
@@ -250,5 +277,25 @@ private:
 };
 
 #endif
+
+// sums[n] += x[0] * k[n] for NV vectors of weights, of the r-th of the words that these are multiplied with.
+//
+// A word is broadcast into a register, or, where the instruction set can, by each multiply-add from memory. The first takes
+// one instruction more, the second NV - 1 reads more: a core that its hardware threads share runs out of the first, a core
+// alone of the second. One word in NV + 1 goes the second way, and all where NV is 1.
+template <class V, class T, int NV>
+inline __attribute__((always_inline)) void add_products(const T* x, const typename Product<V, T>::Reg (&k)[NV], int step, int r,
+                                                        typename V::Reg (&sums)[NV]) {
+    using P = Product<V, T>;
+    if constexpr (P::reads_memory)
+        if (NV == 1 || r % (NV + 1) == 1) {
+#pragma GCC unroll 4
+            for (int n = 0; n < NV; ++n) sums[n] = P::fma(x, k[n], sums[n]);
+            return;
+        }
+    const typename P::Reg b = P::broadcast(x, step);
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; ++n) sums[n] = P::fma(b, k[n], sums[n]);
+}
 
 }  // namespace

@@ -21,6 +21,13 @@ struct Ahead {
     int step;
 };
 
+struct Yes {
+    static constexpr bool value = true;
+};
+struct No {
+    static constexpr bool value = false;
+};
+
 // The product of R tiles by NV vectors of output channels at one point, over `channels` input channels.
 template <class P, int NV, int R>
 void product(const float* words, std::ptrdiff_t v_block, int channels, const float* weight_words, Ahead ahead, float* out) {
@@ -41,36 +48,33 @@ void product(const float* words, std::ptrdiff_t v_block, int channels, const flo
 #pragma GCC unroll 2
             for (int n = 0; n < NV; ++n) k[n] = Words::weights(w + n * kLanes * word, half);
 #pragma GCC unroll 16
-            for (int r = 0; r < R; ++r) {
-                const typename Words::Reg b = Words::broadcast(x + r * kBlock * word, half);
-#pragma GCC unroll 2
-                for (int n = 0; n < NV; ++n) acc[r][n] = Words::fma(b, k[n], acc[r][n]);
-            }
+            for (int r = 0; r < R; ++r) add_products<Vec>(x + r * kBlock * word, k, half, r, acc[r]);
         }
     };
     const int whole = channels / word;
-    const auto all_words = [&](auto notice) __attribute__((always_inline)) {
+    const auto all_words = [&](auto two_lines, auto far) __attribute__((always_inline)) {
+        const char* line = ahead.line;
         for (int c0 = 0; c0 < whole; c0 += kBlock) {
             const int run = whole - c0 < kBlock ? whole - c0 : kBlock;
             const P* x = v + c0 / kBlock * v_block * word;
+            const P* next = c0 + kBlock < whole ? x + v_block * word : v + R * kBlock * word;
             for (int c = 0; c < run; ++c, x += word, weight += kGroup * word) {
-                notice();
+                __builtin_prefetch(line, 0, 2);
+                if (decltype(two_lines)::value) __builtin_prefetch(line + 64, 0, 2);
+                line += ahead.step;
+                if (decltype(far)::value) {
+                    __builtin_prefetch(next, 0, 3);
+                    next += kBlock * word;
+                }
                 step(x, weight);
             }
         }
     };
-    const auto next_line = [&] {
-        __builtin_prefetch(ahead.line, 0, 2);
-        ahead.line += ahead.step;
-    };
-    const auto next_two_lines = [&] {
-        __builtin_prefetch(ahead.line + 64, 0, 2);
-        next_line();
-    };
-    if (ahead.step > 64)
-        all_words(next_two_lines);
+    const bool two_lines = ahead.step > 64, far = whole > 4 * kBlock;
+    if (two_lines)
+        far ? all_words(Yes{}, Yes{}) : all_words(Yes{}, No{});
     else
-        all_words(next_line);
+        far ? all_words(No{}, Yes{}) : all_words(No{}, No{});
     if (channels % word) {
         // The second weight of the last pair belongs to a channel that is not active.
         P row[NV * kLanes * word];
