@@ -159,6 +159,7 @@ void tile(const den::BasicConvPass<T>& pass, const TileAt<T>& at) {
     const auto multiply = [&](auto from, auto to, const T* x, const T* w, int count, std::ptrdiff_t next_vectors)
                               __attribute__((always_inline)) {
         constexpr int q0 = decltype(from)::value, q1 = decltype(to)::value;
+        // A pointer each: with a distance in a second register, a multiply-add that reads memory splits in two.
         const T* row[R];
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) row[r] = x + r * in_row;

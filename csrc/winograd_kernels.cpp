@@ -52,6 +52,8 @@ void product(const float* words, std::ptrdiff_t v_block, int channels, const flo
         }
     };
     const int whole = channels / word;
+    // two_lines: of the next point's weights with each word. far: V of a point outgrows the first cache beside the weights,
+    // and lines of its next block, or of the next tiles' first, are asked for.
     const auto all_words = [&](auto two_lines, auto far) __attribute__((always_inline)) {
         const char* line = ahead.line;
         for (int c0 = 0; c0 < whole; c0 += kBlock) {
