@@ -133,11 +133,6 @@ void first_of_pairs(const T* weight, std::ptrdiff_t weight_block, T* half) {
         }
 }
 
-template <int N>
-struct Int {
-    static constexpr int value = N;
-};
-
 // Pixel: elements from one pixel of x to the next, or 0: what the pass says. Known when compiled, it takes no registers;
 // else it takes so many that the loop over taps keeps its own in memory.
 template <class T, class V, int NV, int R, int Q, int Pixel>

@@ -278,6 +278,12 @@ private:
 
 #endif
 
+// A number known when compiled, as an argument.
+template <int N>
+struct Int {
+    static constexpr int value = N;
+};
+
 // sums[n] += x[0] * k[n] for NV vectors of weights, of the r-th of the words that these are multiplied with.
 //
 // A word is broadcast into a register, or, where the instruction set can, by each multiply-add from memory. The first takes

@@ -21,13 +21,6 @@ struct Ahead {
     int step;
 };
 
-struct Yes {
-    static constexpr bool value = true;
-};
-struct No {
-    static constexpr bool value = false;
-};
-
 // The product of R tiles by NV vectors of output channels at one point, over `channels` input channels.
 template <class P, int NV, int R>
 void product(const float* words, std::ptrdiff_t v_block, int channels, const float* weight_words, Ahead ahead, float* out) {
@@ -52,9 +45,9 @@ void product(const float* words, std::ptrdiff_t v_block, int channels, const flo
         }
     };
     const int whole = channels / word;
-    // two_lines: of the next point's weights with each word. far: V of a point outgrows the first cache beside the weights,
-    // and lines of its next block, or of the next tiles' first, are asked for.
-    const auto all_words = [&](auto two_lines, auto far) __attribute__((always_inline)) {
+    // What each word asks for. lines: of the next point's weights. squares: of V, where a point of it outgrows the first cache
+    // beside the weights: lines of the next block, or of the next tiles' first.
+    const auto all_words = [&](auto lines, auto squares) __attribute__((always_inline)) {
         const char* line = ahead.line;
         for (int c0 = 0; c0 < whole; c0 += kBlock) {
             const int run = whole - c0 < kBlock ? whole - c0 : kBlock;
@@ -62,9 +55,9 @@ void product(const float* words, std::ptrdiff_t v_block, int channels, const flo
             const P* next = c0 + kBlock < whole ? x + v_block * word : v + R * kBlock * word;
             for (int c = 0; c < run; ++c, x += word, weight += kGroup * word) {
                 __builtin_prefetch(line, 0, 2);
-                if (decltype(two_lines)::value) __builtin_prefetch(line + 64, 0, 2);
+                if (decltype(lines)::value == 2) __builtin_prefetch(line + 64, 0, 2);
                 line += ahead.step;
-                if (decltype(far)::value) {
+                if (decltype(squares)::value) {
                     __builtin_prefetch(next, 0, 3);
                     next += kBlock * word;
                 }
@@ -72,11 +65,11 @@ void product(const float* words, std::ptrdiff_t v_block, int channels, const flo
             }
         }
     };
-    const bool two_lines = ahead.step > 64, far = whole > 4 * kBlock;
-    if (two_lines)
-        far ? all_words(Yes{}, Yes{}) : all_words(Yes{}, No{});
+    const bool far = whole > 4 * kBlock;
+    if (ahead.step > 64)
+        far ? all_words(Int<2>{}, Int<1>{}) : all_words(Int<2>{}, Int<0>{});
     else
-        far ? all_words(No{}, Yes{}) : all_words(No{}, No{});
+        far ? all_words(Int<1>{}, Int<1>{}) : all_words(Int<1>{}, Int<0>{});
     if (channels % word) {
         // The second weight of the last pair belongs to a channel that is not active.
         P row[NV * kLanes * word];
