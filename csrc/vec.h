@@ -27,6 +27,14 @@ namespace {
 
 using den::bf16;
 
+// p, of which the compiler does not know where it comes from: it then adds to this pointer in place of working out, and
+// keeping in memory, an address for each use.
+template <class T>
+inline __attribute__((always_inline)) T* opaque(T* p) {
+    __asm__("" : "+r"(p));
+    return p;
+}
+
 constexpr std::uint32_t kUpper = 0xffff0000u;  // the half of a float that bf16 keeps
 
 #if defined(DEN_512)

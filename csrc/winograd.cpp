@@ -13,10 +13,6 @@ std::size_t winograd_v_floats(int tile, int words, int tiles) {
     return winograd_points(tile) * std::size_t(winograd_pitch(std::ptrdiff_t(round_up(words, kBlock)) * tiles));
 }
 
-std::size_t winograd_product_floats(int tile, int tiles) {
-    return winograd_points(tile) * std::size_t(winograd_pitch(std::ptrdiff_t(kWinogradGroup) * tiles));
-}
-
 template <class T>
 std::size_t winograd_packed_words(int tile, int out_channels, int in_channels) {
     if (tile != 2 && tile != 4)

@@ -6,6 +6,7 @@
 namespace {
 
 constexpr int kGroup = den::kWinogradGroup;
+constexpr int kTileProducts = den::kWinogradTileProducts;
 
 // Tiles of a product of NV vectors: with two, as many as the registers hold.
 #if defined(DEN_512)
@@ -79,7 +80,7 @@ void product(const float* words, std::ptrdiff_t v_block, int channels, const flo
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-        for (int n = 0; n < NV; ++n) Vec::store(out + r * kGroup + n * kLanes, acc[r][n]);
+        for (int n = 0; n < NV; ++n) Vec::store(out + r * kTileProducts + n * kLanes, acc[r][n]);
 }
 
 using ProductFn = void (*)(const float*, std::ptrdiff_t, int, const float*, Ahead, float*);
@@ -100,12 +101,14 @@ struct Products {
 struct Run {
     int first, count;
     int channels, vectors;  // read, and made of this group
+    int parts, fewer, more;  // products that its tiles are cut into: of `fewer` tiles each, the first `more` of one more
 };
 
-// Products that a run's tiles are cut into at each point: as few as the registers allow, of about equal height.
-inline int parts_of(const Run& run) {
-    const int most = run.vectors == 1 ? kMaxTiles<1> : kMaxTiles<2>;
-    return (run.count + most - 1) / most;
+// Of as few products as the registers allow.
+inline Run run_of(int first, int count, int channels, int vectors) {
+    const int most = vectors == 1 ? kMaxTiles<1> : kMaxTiles<2>;
+    const int parts = (count + most - 1) / most;
+    return {first, count, channels, vectors, parts, count / parts, count % parts};
 }
 
 // M of one run at one point. Advances `ahead` over what its products asked for.
@@ -113,29 +116,27 @@ template <class P>
 void multiply(const Pass& pass, const Run& run, const float* v, const float* weight, float* out, Ahead& ahead) {
     static constexpr Products<P, 1> one;
     static constexpr Products<P, 2> two;
-    const int parts = parts_of(run), fewer = run.count / parts, more = run.count % parts;
     const std::ptrdiff_t asked = (std::ptrdiff_t)(run.channels / den::kWord<P>) * ahead.step;
-    for (int i = 0; i < parts; ++i) {
-        const int rows = fewer + (i < more);
+    for (int i = 0; i < run.parts; ++i) {
+        const int rows = run.fewer + (i < run.more);
         for (int n = 0; n < run.vectors; n += 2) {
             const auto* product = n + 2 <= run.vectors ? two.of : one.of;
             product[rows](v, pass.v_block, run.channels, weight + n * kLanes, ahead, out + n * kLanes);
             ahead.line += asked;
         }
         v += rows * kBlock;
-        out += rows * kGroup;
+        out += rows * kTileProducts;
     }
 }
 
 // M of all runs, point by point: what one run read of the weights is in the cache for the next.
 template <class P>
-void multiply_runs(const Pass& pass, const Run* runs, int count, int tile0, const float* weight, float* products,
-                   std::ptrdiff_t product_point) {
+void multiply_runs(const Pass& pass, const Run* runs, int count, int tile0, const float* weight, float* products) {
     int most = 0, words = 0;  // words of a point that are read, and all that its products go through
     for (int r = 0; r < count; ++r) {
         const int of_run = (runs[r].channels + den::kWord<P> - 1) / den::kWord<P>;
         most = of_run > most ? of_run : most;
-        words += of_run * parts_of(runs[r]) * ((runs[r].vectors + 1) / 2);
+        words += of_run * runs[r].parts * ((runs[r].vectors + 1) / 2);
     }
     const int row = kGroup * sizeof(float);
     const int points = den::winograd_points(pass.tile);
@@ -144,42 +145,28 @@ void multiply_runs(const Pass& pass, const Run* runs, int count, int tile0, cons
         Ahead ahead{reinterpret_cast<const char*>(w + pass.weight_point), (row * most + words - 1) / words};
         for (int r = 0; r < count; ++r)
             multiply<P>(pass, runs[r], pass.v + p * pass.v_point + runs[r].first * kBlock, w,
-                        products + p * product_point + (runs[r].first - tile0) * kGroup, ahead);
+                        products + p * kGroup + (runs[r].first - tile0) * kTileProducts, ahead);
     }
 }
 
-// The epilogue of a vector of output channels from `channel` on, of which `left` are active: relu(value + residual) of the
-// first rows x cols values of a tile. All of the residual is read before anything is written: rows of a map are often a
-// multiple of 4 KiB apart, and a load that follows a store to the same place of a page waits for it.
+// Where a vector of channels of a tile's outputs lies: of one pixel, and of the first.
+struct Places {
+    std::ptrdiff_t first, row;
+    const std::ptrdiff_t* column;
+};
+
+// relu(values + residual) for the first rows x cols pixels of a tile, `left` channels of each.
 template <int M>
-inline void finish(const Pass& pass, const Tile& tile, const float (&values)[M * M][kLanes], int channel, int left, int rows,
-                   int cols) {
+__attribute__((noinline)) void finish_part(const Pass& pass, const Tile& tile, const float (&values)[M * M][kLanes], const Places& at,
+                                           int left, int rows, int cols) {
     const float lowest = pass.relu ? 0.0f : -__builtin_inff();
     const Reg floor = Vec::broadcast(&lowest);
-    const std::ptrdiff_t first = (channel / kMapBlock) * pass.out_block + channel % kMapBlock + tile.row * pass.out_row;
-    const std::ptrdiff_t* column = pass.out_col + tile.col;
-    // In scratch a vector may be written beyond the active channels, but an odd number of them ends in a zero, for
-    // the pairs of a direct convolution.
-    const bool whole = left >= kLanes || (pass.whole_blocks && left % den::kWord<Element> == 0);
-    if (whole && rows == M && cols == M) {
-        Reg value[M * M];
-#pragma GCC unroll 16
-        for (int i = 0; i < M * M; ++i) value[i] = Vec::load(values[i]);
-        if (tile.residual)
-#pragma GCC unroll 16
-            for (int i = 0; i < M * M; ++i)
-                value[i] = Vec::add(value[i], Vec::load(tile.residual + first + i / M * pass.out_row + column[i % M]));
-#pragma GCC unroll 16
-        for (int i = 0; i < M * M; ++i)
-            Vec::store(tile.out + first + i / M * pass.out_row + column[i % M], Vec::at_least(floor, value[i]));
-        return;
-    }
     for (int y = 0; y < rows; ++y)
         for (int x = 0; x < cols; ++x) {
-            const std::ptrdiff_t place = first + y * pass.out_row + column[x];
+            const std::ptrdiff_t place = at.first + y * at.row + at.column[x];
             Element* out = tile.out + place;
             Reg value = Vec::load(values[y * M + x]);
-            if (whole) {
+            if (left >= kLanes) {
                 if (tile.residual) value = Vec::add(value, Vec::load(tile.residual + place));
                 Vec::store(out, Vec::at_least(floor, value));
                 continue;
@@ -195,10 +182,32 @@ inline void finish(const Pass& pass, const Tile& tile, const float (&values)[M *
         }
 }
 
+// relu(value + residual) for all pixels of a tile. All of the residual is read before anything is written: rows of a map are
+// often a multiple of 4 KiB apart, and a load that follows a store to the same place of a page waits for it.
+template <int M>
+inline __attribute__((always_inline)) void finish_tile(const Pass& pass, const Tile& tile, Reg (&value)[M * M], const Places& at) {
+    const float lowest = pass.relu ? 0.0f : -__builtin_inff();
+    const Reg floor = Vec::broadcast(&lowest);
+    std::ptrdiff_t column[M];
+#pragma GCC unroll 4
+    for (int x = 0; x < M; ++x) column[x] = at.column[x];
+    if (tile.residual) {
+        const Element* residual = tile.residual + at.first;
+#pragma GCC unroll 4
+        for (int y = 0; y < M; ++y, residual = opaque(residual + at.row))
+#pragma GCC unroll 4
+            for (int x = 0; x < M; ++x) value[y * M + x] = Vec::add(value[y * M + x], Vec::load(residual + column[x]));
+    }
+    Element* out = tile.out + at.first;
+#pragma GCC unroll 4
+    for (int y = 0; y < M; ++y, out = opaque(out + at.row))
+#pragma GCC unroll 4
+        for (int x = 0; x < M; ++x) Vec::store(out + column[x], Vec::at_least(floor, value[y * M + x]));
+}
+
 // The outputs of one tile, a vector of channels at a time.
 template <int M>
-void output_tile(const Pass& pass, const Tile& tile, int group, const float* products,
-                 std::ptrdiff_t product_point) {
+void output_tile(const Pass& pass, const Tile& tile, int group, const float* products) {
     constexpr int side = Transform<Vec, M>::side;
     const int first = group * kGroup;
     const int count = tile.active_out - first < kGroup ? tile.active_out - first : kGroup;
@@ -211,25 +220,36 @@ void output_tile(const Pass& pass, const Tile& tile, int group, const float* pro
         for (int x = 0; x < side; ++x) {
             Reg column[side];
 #pragma GCC unroll 6
-            for (int y = 0; y < side; ++y) column[y] = Vec::load(m + (y * side + x) * product_point);
+            for (int y = 0; y < side; ++y) column[y] = Vec::load(m + (y * side + x) * kGroup);
             Transform<Vec, M>::output(column, 1, half + x, side);
         }
         const Reg mul = Vec::load(tile.mul + first + c), add = Vec::load(tile.add + first + c);
-        alignas(64) float values[M * M][kLanes];
+        Reg value[M * M];
 #pragma GCC unroll 4
         for (int y = 0; y < M; ++y) {
-            Reg line[M];
-            Transform<Vec, M>::output(half + y * side, 1, line, 1);
+            Transform<Vec, M>::output(half + y * side, 1, value + y * M, 1);
 #pragma GCC unroll 4
-            for (int x = 0; x < M; ++x) Vec::store(values[y * M + x], Vec::fma(line[x], mul, add));
+            for (int x = 0; x < M; ++x) value[y * M + x] = Vec::fma(value[y * M + x], mul, add);
         }
-        finish<M>(pass, tile, values, first + c, count - c, rows, cols);
+        const int channel = first + c, left = count - c;
+        const Places at{(channel / kMapBlock) * pass.out_block + channel % kMapBlock + tile.row * pass.out_row, pass.out_row,
+                        pass.out_col + tile.col};
+        // In scratch a vector may be written beyond the active channels, but an odd number of them ends in a zero, for
+        // the pairs of a direct convolution.
+        const bool whole = left >= kLanes || (pass.whole_blocks && left % den::kWord<Element> == 0);
+        if (whole && rows == M && cols == M) {
+            finish_tile<M>(pass, tile, value, at);
+        } else {
+            alignas(64) float values[M * M][kLanes];
+#pragma GCC unroll 16
+            for (int i = 0; i < M * M; ++i) Vec::store(values[i], value[i]);
+            finish_part<M>(pass, tile, values, at, whole ? kLanes : left, rows, cols);
+        }
     }
 }
 
 void output(const Pass& pass, const Tile* tiles, int tile0, int tile1, int group0, int group1,
             float* products) {
-    const std::ptrdiff_t product_point = den::winograd_pitch((std::ptrdiff_t)kGroup * (tile1 - tile0));
     for (int group = group0; group < group1; ++group) {
         const int first = group * kGroup;
         const auto multiply_all = pass.tile == 4 ? multiply_runs<Points<4>::Type> : multiply_runs<Points<2>::Type>;
@@ -242,20 +262,20 @@ void output(const Pass& pass, const Tile* tiles, int tile0, int tile1, int group
             while (end < tile1 && tiles[end].active_in == in && tiles[end].active_out == out) ++end;
             if (out > first) {
                 const int channels = out - first < kGroup ? out - first : kGroup;
-                runs[count++] = {t, end - t, in, (channels + kLanes - 1) / kLanes};
+                runs[count++] = run_of(t, end - t, in, (channels + kLanes - 1) / kLanes);
             }
             t = end;
             if (count && (count == kRuns || t == tile1)) {
-                multiply_all(pass, runs, count, tile0, pass.weight + group * pass.weight_group, products, product_point);
+                multiply_all(pass, runs, count, tile0, pass.weight + group * pass.weight_group, products);
                 count = 0;
             }
         }
         for (int t = tile0; t < tile1; ++t) {
             if (tiles[t].active_out <= first) continue;
             if (pass.tile == 4)
-                output_tile<4>(pass, tiles[t], group, products + (t - tile0) * kGroup, product_point);
+                output_tile<4>(pass, tiles[t], group, products + (t - tile0) * kTileProducts);
             else
-                output_tile<2>(pass, tiles[t], group, products + (t - tile0) * kGroup, product_point);
+                output_tile<2>(pass, tiles[t], group, products + (t - tile0) * kTileProducts);
         }
     }
 }
