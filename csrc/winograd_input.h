@@ -88,14 +88,19 @@ void copy_squares(const Pass& pass, const Element* in, int row, int col, int col
     }
 }
 
+// Whether a tile's square is read as it lies: all inside the input, and no norm in front.
+inline bool reads_as_it_lies(const Pass& pass, const Tile& tile) {
+    if (pass.in_mul) return false;
+    const int row = tile.row - pass.pad_y, col = tile.col - pass.pad_x, side = pass.tile + 2;
+    return row >= 0 && col >= 0 && row + side <= pass.in_height && col + side <= pass.in_width;
+}
+
 // V of `count` tiles side by side.
 template <int M>
-void input_row(const Pass& pass, const Tile& tile, int count, float* words) {
+void input_row(const Pass& pass, const Tile& tile, int count, bool as_it_lies, float* words) {
     using P = typename Points<M>::Type;
     constexpr int side = M + 2, word = den::kWord<P>, block = kBlock * word;
     const int row = tile.row - pass.pad_y, col = tile.col - pass.pad_x, columns = M * count + 2;
-    const bool inside = row >= 0 && col >= 0 && row + side <= pass.in_height && col + columns <= pass.in_width;
-    const bool as_it_lies = inside && !pass.in_mul;
     alignas(64) float squares[side * (M * kRowTiles + 2) * kLanes];
     P* v = reinterpret_cast<P*>(words);
     for (int c = 0; c < tile.active_in; c += kLanes) {
@@ -123,21 +128,19 @@ void input_row(const Pass& pass, const Tile& tile, int count, float* words) {
                 v[(c / block) * pass.v_block * word + t * block + c % block + p * pass.v_point * word] = P{};
 }
 
-// How many tiles from `tile` on, of `most`, lie side by side.
-inline int tiles_of_row(const Tile* tile, int most) {
-    int count = 1;
-    while (count < most && tile[count].in == tile->in && tile[count].row == tile->row) ++count;
-    return count;
-}
-
 void input(const Pass& pass, const Tile* tiles, int tile0, int tile1) {
     for (int t = tile0; t < tile1;) {
-        const int count = tiles_of_row(tiles + t, tile1 - t < kRowTiles ? tile1 - t : kRowTiles);
+        const Tile& first = tiles[t];
+        const bool as_it_lies = reads_as_it_lies(pass, first);
+        int end = t + 1;
+        while (end < tile1 && end < t + kRowTiles && tiles[end].in == first.in && tiles[end].row == first.row &&
+               reads_as_it_lies(pass, tiles[end]) == as_it_lies)
+            ++end;
         if (pass.tile == 4)
-            input_row<4>(pass, tiles[t], count, pass.v + t * kBlock);
+            input_row<4>(pass, first, end - t, as_it_lies, pass.v + t * kBlock);
         else
-            input_row<2>(pass, tiles[t], count, pass.v + t * kBlock);
-        t += count;
+            input_row<2>(pass, first, end - t, as_it_lies, pass.v + t * kBlock);
+        t = end;
     }
 }
 
