@@ -27,8 +27,9 @@ using TileFn = void (*)(const den::BasicConvPass<T>&, const TileAt<T>&);
 
 // Where an output channel lies, from the start of a pixel.
 template <class T>
-inline std::ptrdiff_t channel_at(const den::BasicConvPass<T>& pass, int c) {
-    return (c / den::kMapBlock<T>) * pass.out_block + c % den::kMapBlock<T>;
+inline std::ptrdiff_t channel_at(const den::BasicConvPass<T>& pass, int channel) {
+    const unsigned c = channel, block = den::kMapBlock<T>;
+    return (std::ptrdiff_t)(c / block) * pass.out_block + c % block;
 }
 
 // From one block of 16 packed outputs to the next.
@@ -38,18 +39,37 @@ inline std::ptrdiff_t weight_block_of(const den::BasicConvPass<T>& pass) {
     return (std::ptrdiff_t)pass.taps * ((pass.group_in + word - 1) / word) * den::kMapBlock<T>;
 }
 
+// From a tile's first vector of output channels to each.
+template <int NV>
+struct Offsets {
+    std::ptrdiff_t of[NV];
+};
+
+template <class T, class V, int NV>
+inline __attribute__((always_inline)) Offsets<NV> offsets(const den::BasicConvPass<T>& pass, const TileAt<T>& at) {
+    Offsets<NV> offset;
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v)
+        offset.of[v] = channel_at(pass, at.first_out + v * V::lanes) - channel_at(pass, at.first_out);
+    return offset;
+}
+
 // Asks for the lines that the epilogue will read and write: they left the cache long ago, or were never in it, and the
 // sums take long enough to fetch them.
-template <class T, class V, int NV>
-void prefetch(const den::BasicConvPass<T>& pass, const TileAt<T>& at, int rows, int cols) {
+template <class T, class V, int NV, int R, int Q>
+inline __attribute__((always_inline)) void prefetch(const den::BasicConvPass<T>& pass, const TileAt<T>& at) {
     constexpr int step = den::kMapBlock<T> / V::lanes > 0 ? den::kMapBlock<T> / V::lanes : 1;  // vectors in a line
-    const T* from = pass.residual ? pass.residual : pass.out;
-    for (int v = 0; v < NV; v += step) {
-        const T* line = from + channel_at(pass, at.first_out + v * V::lanes);
-        for (int r = 0; r < rows; ++r)
-            for (int q = 0; q < cols; ++q)
-                __builtin_prefetch(line + (at.row + r) * pass.out_row + pass.out_col[at.col + q], 1);
-    }
+    const T* row = (pass.residual ? pass.residual : pass.out) + channel_at(pass, at.first_out) + at.row * pass.out_row;
+    const std::ptrdiff_t out_row = pass.out_row, *column = pass.out_col + at.col;
+    const Offsets<NV> offset = offsets<T, V, NV>(pass, at);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r, row += out_row)
+#pragma GCC unroll 16
+        for (int q = 0; q < Q; ++q) {
+            const T* pixel = row + column[q];
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; v += step) __builtin_prefetch(pixel + offset.of[v], 1);
+        }
 }
 
 // Whether a vector of output channels lies in one piece: it may straddle two blocks of a blocked map.
@@ -68,27 +88,31 @@ inline typename V::Reg floor_of(const den::BasicConvPass<T>& pass) {
 template <class T, class V, int NV, int R, int Q>
 inline __attribute__((always_inline)) void finish_whole(const den::BasicConvPass<T>& pass, const TileAt<T>& at,
                                                         const typename V::Reg (&sum)[R * Q][NV]) {
-    const typename V::Reg floor = floor_of<V>(pass);
-    std::ptrdiff_t pixel[R * Q];
-#pragma GCC unroll 32
-    for (int p = 0; p < R * Q; ++p) pixel[p] = (at.row + p / Q) * pass.out_row + pass.out_col[at.col + p % Q];
-    const auto every_vector = [&](auto value_of) __attribute__((always_inline)) {
+    using Reg = typename V::Reg;
+    const Reg floor = floor_of<V>(pass);
+    const float *mul = pass.mul + at.first_out, *add = pass.add + at.first_out;
+    const std::ptrdiff_t out_row = pass.out_row, *column = pass.out_col + at.col;
+    const std::ptrdiff_t first = channel_at(pass, at.first_out) + at.row * out_row;
+    const Offsets<NV> offset = offsets<T, V, NV>(pass, at);
+    T* out = pass.out + first;
+    const auto every_pixel = [&](const T* residual, auto value_of) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) {
-            const int c = at.first_out + v * V::lanes;
-            const typename V::Reg mul = V::load(pass.mul + c), add = V::load(pass.add + c);
-            const std::ptrdiff_t channel = channel_at(pass, c);
-#pragma GCC unroll 32
-            for (int p = 0; p < R * Q; ++p) {
-                const typename V::Reg value = value_of(V::fma(sum[p][v], mul, add), channel + pixel[p]);
-                V::store(pass.out + channel + pixel[p], V::at_least(floor, value));
+        for (int r = 0; r < R; ++r, out += out_row, residual += out_row)
+#pragma GCC unroll 16
+            for (int q = 0; q < Q; ++q) {
+                T* to = out + column[q];
+                const T* from = residual + column[q];
+#pragma GCC unroll 4
+                for (int v = 0; v < NV; ++v) {
+                    const Reg value = V::fma(sum[r * Q + q][v], V::load(mul + v * V::lanes), V::load(add + v * V::lanes));
+                    V::store(to + offset.of[v], V::at_least(floor, value_of(value, from + offset.of[v])));
+                }
             }
-        }
     };
-    if (const T* residual = pass.residual)
-        every_vector([&](typename V::Reg value, std::ptrdiff_t place) { return V::add(value, V::load(residual + place)); });
+    if (pass.residual)
+        every_pixel(pass.residual + first, [](Reg value, const T* from) { return V::add(value, V::load(from)); });
     else
-        every_vector([](typename V::Reg value, std::ptrdiff_t) { return value; });
+        every_pixel(out, [](Reg value, const T*) { return value; });
 }
 
 // The same where channels are ragged or in two pieces: from memory, in loops.
@@ -143,7 +167,7 @@ void tile(const den::BasicConvPass<T>& pass, const TileAt<T>& at) {
     const std::ptrdiff_t weight_block = weight_block_of(pass);
     const std::ptrdiff_t in_row = pass.in_row, in_pixel = Pixel ? Pixel : pass.in_pixel;
 
-    prefetch<T, V, NV>(pass, at, R, Q);
+    prefetch<T, V, NV, R, Q>(pass, at);
     typename V::Reg acc[R * Q][NV];
 #pragma GCC unroll 32
     for (int p = 0; p < R * Q; ++p)
@@ -235,7 +259,8 @@ void tile(const den::BasicConvPass<T>& pass, const TileAt<T>& at) {
     }
 
     if (at.lanes_out == NV * V::lanes && in_one_piece<T, V>(pass, at)) {
-        finish_whole<T, V, NV, R, Q>(pass, at, acc);
+        // Its addresses are worked out again: kept from the prefetch, they would take the registers of the loops.
+        finish_whole<T, V, NV, R, Q>(*opaque(&pass), *opaque(&at), acc);
         return;
     }
     alignas(64) float sums[R * Q][NV * V::lanes];
