@@ -11,11 +11,11 @@ from torch import Tensor
 
 from den_kernels.backends.cpu.native import DTYPES, extension
 
-# Batches are of a class by their tiles of 4x4 outputs: fewer than 16, fewer than 3. Fewer tiles leave the weights, read
-# once a call, as the larger traffic, where they outgrow the cache: F(2x2) then reads less than half of F(4x4), and the
-# weights as they are about half of that.
-TILE_BOUNDS = (16, 3)
-_LARGE_WEIGHTS = 256 * 128, 512 * 256
+# Of batches of few tiles: below how many tiles of 4x4 outputs, from how many pairs of channels on, which tiles at most. The
+# weights, read once a call, are the larger traffic then: F(2x2) reads less than half of F(4x4), weights as they are about
+# half of that.
+_FEW_TILES = ((16, 256 * 128, 2), (9, 64 * 64, 2), (3, 512 * 256, 0))
+TILE_BOUNDS = tuple(tiles for tiles, _, _ in _FEW_TILES)
 # Of images: see keeps_lines in csrc/geometry.h.
 _FEW_CHANNELS = 4
 # Channels of a group must fill blocks of the extension's maps, of either dtype.
@@ -34,9 +34,8 @@ def winograd_tile(weight: Tensor, stride: int, groups: int, batch_class: int) ->
     if groups > 1 and (C_out // groups % _WHOLE_BLOCKS or C_in % _WHOLE_BLOCKS):
         return 0
     tile = 2 if weight.dtype == torch.bfloat16 else 4
-    for smaller, large in zip((2, 0)[:batch_class], _LARGE_WEIGHTS, strict=False):
-        tile = min(tile, smaller) if C_out * C_in >= large else tile
-    return tile
+    smaller = [most for _, pairs, most in _FEW_TILES[:batch_class] if C_out * C_in >= pairs]
+    return min([tile, *smaller])
 
 
 def pack_weights(weight: Tensor, stride: int, groups: int, winograd: bool, dense_input: bool = False) -> list[Tensor]:
