@@ -63,13 +63,14 @@ constexpr int kRowTiles = 4;
 // lies inside, zeros for the rest.
 template <int Side, class Activated>
 inline __attribute__((always_inline)) void copy_squares(const Pass& pass, const Element* in, int row, int col, int columns,
-                                                        int c, float* squares, Activated activated) {
+                                                        int c, std::ptrdiff_t ahead, float* squares, Activated activated) {
     std::ptrdiff_t pixel = row * pass.in_row + col * pass.in_pixel + (c / kMapBlock) * pass.in_block + c % kMapBlock;
     for (int x = col; x < col + columns; ++x, pixel += pass.in_pixel, squares += kLanes) {
         const bool column_inside = x >= 0 && x < pass.in_width;
 #pragma GCC unroll 6
         for (int y = 0; y < Side; ++y) {
             const bool inside = column_inside && row + y >= 0 && row + y < pass.in_height;
+            __builtin_prefetch(in + (pixel + y * pass.in_row + ahead), 0, 2);
             const Reg value = inside ? activated(Vec::load(in + (pixel + y * pass.in_row))) : Vec::zero();
             Vec::store(squares + y * columns * kLanes, value);
         }
@@ -77,14 +78,14 @@ inline __attribute__((always_inline)) void copy_squares(const Pass& pass, const 
 }
 
 template <int Side>
-void copy_squares(const Pass& pass, const Element* in, int row, int col, int columns, int c, float* squares) {
+void copy_squares(const Pass& pass, const Element* in, int row, int col, int columns, int c, std::ptrdiff_t ahead, float* squares) {
     if (pass.in_mul) {
         const Reg mul = Vec::load(pass.in_mul + c), add = Vec::load(pass.in_add + c);
-        copy_squares<Side>(pass, in, row, col, columns, c, squares, [=](Reg x) __attribute__((always_inline)) {
+        copy_squares<Side>(pass, in, row, col, columns, c, ahead, squares, [=](Reg x) __attribute__((always_inline)) {
             return Vec::at_least(Vec::zero(), Vec::fma(x, mul, add));
         });
     } else {
-        copy_squares<Side>(pass, in, row, col, columns, c, squares, [](Reg x) __attribute__((always_inline)) { return x; });
+        copy_squares<Side>(pass, in, row, col, columns, c, ahead, squares, [](Reg x) __attribute__((always_inline)) { return x; });
     }
 }
 
@@ -103,6 +104,7 @@ void input_row(const Pass& pass, const Tile& tile, int count, bool as_it_lies, f
     const int row = tile.row - pass.pad_y, col = tile.col - pass.pad_x, columns = M * count + 2;
     alignas(64) float squares[side * (M * kRowTiles + 2) * kLanes];
     P* v = reinterpret_cast<P*>(words);
+    const auto channel = [&](int c) { return (c / kMapBlock) * pass.in_block + c % kMapBlock; };
     for (int c = 0; c < tile.active_in; c += kLanes) {
         P* to = v + (c / block) * pass.v_block * word + c % block;
         if (as_it_lies) {
@@ -113,7 +115,9 @@ void input_row(const Pass& pass, const Tile& tile, int count, bool as_it_lies, f
                     return Vec::load(d + y * pass.in_row + x * pass.in_pixel);
                 });
         } else {
-            copy_squares<side>(pass, tile.in, row, col, columns, c, squares);
+            // The next channels, or the first of the tiles to the right.
+            const std::ptrdiff_t next = c + kLanes < tile.active_in ? channel(c + kLanes) : M * count * pass.in_pixel;
+            copy_squares<side>(pass, tile.in, row, col, columns, c, next - channel(c), squares);
             const float* d = squares;
             for (int t = 0; t < count; ++t, to += block, d += M * kLanes)
                 transform_square<M>(pass, to, [&](int y, int x) __attribute__((always_inline)) {
