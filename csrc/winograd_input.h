@@ -60,7 +60,7 @@ inline __attribute__((always_inline)) void transform_square(const Pass& pass, P*
 constexpr int kRowTiles = 4;
 
 // Copies `columns` columns of Side rows of the input, from (row, col) on, the vector of channels at c: `activated` of what
-// lies inside, zeros for the rest.
+// lies inside, zeros for the rest. Of each pixel what lies `ahead` is asked for: this is the first to read it for long.
 template <int Side, class Activated>
 inline __attribute__((always_inline)) void copy_squares(const Pass& pass, const Element* in, int row, int col, int columns,
                                                         int c, std::ptrdiff_t ahead, float* squares, Activated activated) {
@@ -78,14 +78,16 @@ inline __attribute__((always_inline)) void copy_squares(const Pass& pass, const 
 }
 
 template <int Side>
-void copy_squares(const Pass& pass, const Element* in, int row, int col, int columns, int c, std::ptrdiff_t ahead, float* squares) {
+void copy_squares(const Pass& pass, const Element* in, int row, int col, int columns, int c, std::ptrdiff_t ahead,
+                  float* squares) {
     if (pass.in_mul) {
         const Reg mul = Vec::load(pass.in_mul + c), add = Vec::load(pass.in_add + c);
         copy_squares<Side>(pass, in, row, col, columns, c, ahead, squares, [=](Reg x) __attribute__((always_inline)) {
             return Vec::at_least(Vec::zero(), Vec::fma(x, mul, add));
         });
     } else {
-        copy_squares<Side>(pass, in, row, col, columns, c, ahead, squares, [](Reg x) __attribute__((always_inline)) { return x; });
+        copy_squares<Side>(pass, in, row, col, columns, c, ahead, squares,
+                           [](Reg x) __attribute__((always_inline)) { return x; });
     }
 }
 
