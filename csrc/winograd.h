@@ -19,8 +19,10 @@
 namespace den {
 
 constexpr int kWinogradGroup = 32;  // output channels multiplied together
-// Floats from one tile's products to the next's: of all points, and a line, for not all tiles to meet in few cache sets.
-constexpr int kWinogradTileProducts = 36 * kWinogradGroup + 16;
+// Floats from one tile's products to the next's, by the type of V: of all points, and a line, for not all tiles to meet in few
+// cache sets.
+template <class P>
+constexpr int kWinogradTileProducts = (kWord<P> == 1 ? 36 : 16) * kWinogradGroup + 16;
 
 inline int winograd_points(int tile) { return (tile + 2) * (tile + 2); }
 inline int winograd_groups(int channels) { return (channels + kWinogradGroup - 1) / kWinogradGroup; }
@@ -73,7 +75,7 @@ struct WinogradKernels {
     // V of tiles [tile0, tile1) of the list, for their active input channels.
     void (*input)(const WinogradPass<T>& pass, const WinogradTile<T>* tiles, int tile0, int tile1);
     // Output channel groups [group0, group1) of tiles [tile0, tile1), from their V. `products` is scratch for
-    // kWinogradTileProducts floats a tile: M, [tile][point][32].
+    // winograd_product_floats(tile, tile1 - tile0): M, [tile][point][32].
     void (*output)(const WinogradPass<T>& pass, const WinogradTile<T>* tiles, int tile0, int tile1, int group0,
                    int group1, float* products);
     // U of one group of output channels, of which `outs` exist, as winograd_pack lays it out; weight: its first row.
@@ -85,6 +87,10 @@ struct WinogradKernels {
 inline std::ptrdiff_t winograd_pitch(std::ptrdiff_t floats) { return floats + 16; }
 // `words`: of input channels.
 std::size_t winograd_v_floats(int tile, int words, int tiles);
+template <class T>
+inline std::size_t winograd_product_floats(int tile, int tiles) {
+    return std::size_t(tiles) * (winograd_word<T>(tile) == 1 ? kWinogradTileProducts<float> : kWinogradTileProducts<T>);
+}
 
 // Weights [out/32][point][word of in][32]. A nested width is a prefix of both dimensions, so one packing serves every
 // level. Output channels are padded with zeros to 32, input channels to whole words. Counted in words. Convolution groups

@@ -78,7 +78,7 @@ void product(const float* words, std::ptrdiff_t v_block, int channels, const flo
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-        for (int n = 0; n < NV; ++n) Vec::store(out + r * kTileProducts + n * kLanes, acc[r][n]);
+        for (int n = 0; n < NV; ++n) Vec::store(out + r * den::kWinogradTileProducts<P> + n * kLanes, acc[r][n]);
 }
 
 using ProductFn = void (*)(const float*, std::ptrdiff_t, int, const float*, Ahead, float*);
@@ -123,7 +123,7 @@ void multiply(const Pass& pass, const Run& run, const float* v, const float* wei
             ahead.line += asked;
         }
         v += rows * kBlock;
-        out += rows * kTileProducts;
+        out += rows * den::kWinogradTileProducts<P>;
     }
 }
 
@@ -143,15 +143,15 @@ void multiply_runs(const Pass& pass, const Run* runs, int count, int tile0, cons
         Ahead ahead{reinterpret_cast<const char*>(w + pass.weight_point), (row * most + words - 1) / words};
         for (int r = 0; r < count; ++r)
             multiply<P>(pass, runs[r], pass.v + p * pass.v_point + runs[r].first * kBlock, w,
-                        products + p * kGroup + (runs[r].first - tile0) * kTileProducts, ahead);
+                        products + p * kGroup + (runs[r].first - tile0) * den::kWinogradTileProducts<P>, ahead);
     }
 }
 
-void output(const Pass& pass, const Tile* tiles, int tile0, int tile1, int group0, int group1,
-            float* products) {
+template <int M>
+void output_groups(const Pass& pass, const Tile* tiles, int tile0, int tile1, int group0, int group1, float* products) {
+    using P = typename Points<M>::Type;
     for (int group = group0; group < group1; ++group) {
         const int first = group * kGroup;
-        const auto multiply_all = pass.tile == 4 ? multiply_runs<Points<4>::Type> : multiply_runs<Points<2>::Type>;
         constexpr int kRuns = 32;
         Run runs[kRuns];
         int count = 0;
@@ -165,18 +165,19 @@ void output(const Pass& pass, const Tile* tiles, int tile0, int tile1, int group
             }
             t = end;
             if (count && (count == kRuns || t == tile1)) {
-                multiply_all(pass, runs, count, tile0, pass.weight + group * pass.weight_group, products);
+                multiply_runs<P>(pass, runs, count, tile0, pass.weight + group * pass.weight_group, products);
                 count = 0;
             }
         }
-        for (int t = tile0; t < tile1; ++t) {
-            if (tiles[t].active_out <= first) continue;
-            if (pass.tile == 4)
-                output_tile<4>(pass, tiles[t], group, products + (t - tile0) * kTileProducts);
-            else
-                output_tile<2>(pass, tiles[t], group, products + (t - tile0) * kTileProducts);
-        }
+        for (int t = tile0; t < tile1; ++t)
+            if (tiles[t].active_out > first)
+                output_tile<M>(pass, tiles[t], group, products + (t - tile0) * den::kWinogradTileProducts<P>);
     }
+}
+
+void output(const Pass& pass, const Tile* tiles, int tile0, int tile1, int group0, int group1, float* products) {
+    const auto groups = pass.tile == 4 ? output_groups<4> : output_groups<2>;
+    groups(pass, tiles, tile0, tile1, group0, group1, products);
 }
 
 inline float widened(float x) { return x; }

@@ -6,7 +6,6 @@
 namespace {
 
 constexpr int kGroup = den::kWinogradGroup;
-constexpr int kTileProducts = den::kWinogradTileProducts;
 
 // Where a vector of channels of a tile's outputs lies: of one pixel, and of the first.
 struct Places {

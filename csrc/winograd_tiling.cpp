@@ -43,7 +43,7 @@ int WinogradTiling<T>::team() const {
 template <class T>
 std::size_t WinogradTiling<T>::chunk_floats(int samples) const {
     const int most = std::min(chunk(), samples * tiles());
-    return winograd_v_floats(tile_, words(), most) + std::size_t(most) * kWinogradTileProducts;
+    return winograd_v_floats(tile_, words(), most) + winograd_product_floats<T>(tile_, most);
 }
 
 template <class T>
