@@ -11,9 +11,9 @@ from torch import Tensor
 
 from den_kernels.backends.cpu.native import DTYPES, extension
 
-# Of batches of few tiles: below how many tiles of 4x4 outputs, from how many pairs of channels on, which tiles at most. The
-# weights, read once a call, are the larger traffic then: F(2x2) reads less than half of F(4x4), weights as they are about
-# half of that.
+# Of batches of few tiles: below how many tiles of 4x4 outputs, from how many pairs of channels on, which tiles at most.
+# The weights, read once a call, are the larger traffic then: F(2x2) reads less than half of F(4x4), weights as they are
+# about half of that.
 _FEW_TILES = ((16, 256 * 128, 2), (9, 64 * 64, 2), (3, 512 * 256, 0))
 TILE_BOUNDS = tuple(tiles for tiles, _, _ in _FEW_TILES)
 # Of images: see keeps_lines in csrc/geometry.h.
