@@ -95,24 +95,24 @@ inline __attribute__((always_inline)) void finish_whole(const den::BasicConvPass
     const std::ptrdiff_t first = channel_at(pass, at.first_out) + at.row * out_row;
     const Offsets<NV> offset = offsets<T, V, NV>(pass, at);
     T* out = pass.out + first;
-    const auto every_pixel = [&](const T* residual, auto value_of) __attribute__((always_inline)) {
+    const auto every_pixel = [&](auto value_of) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r, out += out_row, residual += out_row)
+        for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-            for (int q = 0; q < Q; ++q) {
-                T* to = out + column[q];
-                const T* from = residual + column[q];
+            for (int q = 0; q < Q; ++q)
 #pragma GCC unroll 4
                 for (int v = 0; v < NV; ++v) {
+                    const std::ptrdiff_t place = r * out_row + column[q] + offset.of[v];
                     const Reg value = V::fma(sum[r * Q + q][v], V::load(mul + v * V::lanes), V::load(add + v * V::lanes));
-                    V::store(to + offset.of[v], V::at_least(floor, value_of(value, from + offset.of[v])));
+                    V::store(out + place, V::at_least(floor, value_of(value, place)));
                 }
-            }
     };
-    if (pass.residual)
-        every_pixel(pass.residual + first, [](Reg value, const T* from) { return V::add(value, V::load(from)); });
-    else
-        every_pixel(out, [](Reg value, const T*) { return value; });
+    if (pass.residual) {
+        const T* residual = pass.residual + first;
+        every_pixel([&](Reg value, std::ptrdiff_t place) { return V::add(value, V::load(residual + place)); });
+    } else {
+        every_pixel([](Reg value, std::ptrdiff_t) { return value; });
+    }
 }
 
 // The same where channels are ragged or in two pieces: from memory, in loops.

@@ -46,7 +46,7 @@ inline __attribute__((always_inline)) void transform_square(const Pass& pass, P*
         Transform<Vec, M>::input(rows + y * side, 1, points, 1);
 #pragma GCC unroll 6
         for (int x = 0; x < side; ++x) {
-            // Three points by one pointer: 36 addresses, each worked out, would be half of the instructions.
+            // Three points by one pointer: 36 addresses, each worked out, would be a third of the instructions.
             const int p = y * side + x;
             if (p > 0 && p % 3 == 0) to = opaque(to + 3 * point);
             P* place = to + p % 3 * point;
@@ -56,6 +56,9 @@ inline __attribute__((always_inline)) void transform_square(const Pass& pass, P*
     }
 }
 
+// Where an input channel lies, from the start of a pixel.
+inline std::ptrdiff_t channel_at(const Pass& pass, int c) { return (c / kMapBlock) * pass.in_block + c % kMapBlock; }
+
 // Tiles side by side, whose squares are copied together where they are copied.
 constexpr int kRowTiles = 4;
 
@@ -64,7 +67,7 @@ constexpr int kRowTiles = 4;
 template <int Side, class Activated>
 inline __attribute__((always_inline)) void copy_squares(const Pass& pass, const Element* in, int row, int col, int columns,
                                                         int c, std::ptrdiff_t ahead, float* squares, Activated activated) {
-    std::ptrdiff_t pixel = row * pass.in_row + col * pass.in_pixel + (c / kMapBlock) * pass.in_block + c % kMapBlock;
+    std::ptrdiff_t pixel = row * pass.in_row + col * pass.in_pixel + channel_at(pass, c);
     for (int x = col; x < col + columns; ++x, pixel += pass.in_pixel, squares += kLanes) {
         const bool column_inside = x >= 0 && x < pass.in_width;
 #pragma GCC unroll 6
@@ -106,20 +109,18 @@ void input_row(const Pass& pass, const Tile& tile, int count, bool as_it_lies, f
     const int row = tile.row - pass.pad_y, col = tile.col - pass.pad_x, columns = M * count + 2;
     alignas(64) float squares[side * (M * kRowTiles + 2) * kLanes];
     P* v = reinterpret_cast<P*>(words);
-    const auto channel = [&](int c) { return (c / kMapBlock) * pass.in_block + c % kMapBlock; };
     for (int c = 0; c < tile.active_in; c += kLanes) {
         P* to = v + (c / block) * pass.v_block * word + c % block;
         if (as_it_lies) {
-            const std::ptrdiff_t channels = (c / kMapBlock) * pass.in_block + c % kMapBlock;
-            const Element* d = tile.in + row * pass.in_row + col * pass.in_pixel + channels;
+            const Element* d = tile.in + row * pass.in_row + col * pass.in_pixel + channel_at(pass, c);
             for (int t = 0; t < count; ++t, to += block, d += M * pass.in_pixel)
                 transform_square<M>(pass, to, [&](int y, int x) __attribute__((always_inline)) {
                     return Vec::load(d + y * pass.in_row + x * pass.in_pixel);
                 });
         } else {
             // The next channels, or the first of the tiles to the right.
-            const std::ptrdiff_t next = c + kLanes < tile.active_in ? channel(c + kLanes) : M * count * pass.in_pixel;
-            copy_squares<side>(pass, tile.in, row, col, columns, c, next - channel(c), squares);
+            const std::ptrdiff_t next = c + kLanes < tile.active_in ? channel_at(pass, c + kLanes) : M * count * pass.in_pixel;
+            copy_squares<side>(pass, tile.in, row, col, columns, c, next - channel_at(pass, c), squares);
             const float* d = squares;
             for (int t = 0; t < count; ++t, to += block, d += M * kLanes)
                 transform_square<M>(pass, to, [&](int y, int x) __attribute__((always_inline)) {

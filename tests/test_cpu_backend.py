@@ -15,6 +15,7 @@ from cpu_cases import NAN, dtypes, isas
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import den_kernels as dk
 from den_kernels import reference
 from den_kernels.backends import cpu
 
@@ -290,6 +291,27 @@ def test_winograd_weights_of_a_nested_width_are_a_prefix() -> None:
         whole = cpu.pack_weight(weight, 1, tile).view(2, points, 32, 32)
         part = cpu.pack_weight(weight[:32, :16], 1, tile).view(1, points, 16, 32)
         assert torch.equal(whole[:1, :, :16], part)
+
+
+# A map of 8 x 8 is four tiles of 4 x 4 outputs.
+@pytest.mark.parametrize(
+    ("channels", "samples", "tile"),
+    [(64, 2, 2), (64, 3, 4), (32, 1, 4), (256, 3, 2), (256, 4, 4), (512, 1, 2), (512, 4, 4)],
+)
+def test_batches_of_few_tiles_read_smaller_weights(channels, samples, tile) -> None:
+    weight = torch.randn(channels, channels, 3, 3)
+    ones = torch.ones(1, 1, channels)
+    block = dk.FusedResidualBlock([weight] * 2, [ones] * 2, [ones] * 2, [channels], strides=[1, 1], relu=True, backend="cpu")
+    batch_class = block.batch_class((samples, channels, 8, 8))
+    packed = block.arguments(0, batch_class).weight[0]
+    assert torch.equal(packed, cpu.pack_weight(weight, 1, tile))
+
+
+def test_two_tiles_of_many_channels_are_computed_directly() -> None:
+    weight = torch.randn(512, 256, 3, 3)
+    forms = cpu.pack_weights(weight, 1, 1, True)
+    assert torch.equal(forms[len(cpu.TILE_BOUNDS)], cpu.pack_weight(weight, 1))
+    assert torch.equal(forms[0], cpu.pack_weight(weight, 1, 4))
 
 
 @pytest.mark.parametrize(("tile", "bound"), [(2, 2e-6), (4, 2e-5)])
