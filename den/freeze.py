@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -124,32 +124,37 @@ class FrozenDEN(nn.Module):
     ) -> DENOutput:
         """As `DEN.forward`; x may be of any floating-point dtype and layout (channels_last saves a copy)."""
         task = check_task(task, self.tasks)
-        return self.forward_tasks(x, (task,), level, budget)[task]
+        level_NB, level_probs, logits = self._outputs(x, (task,), level, budget)
+        return DENOutput(logits, level_NB, level_probs)
 
-    @torch.no_grad()
     def forward_tasks(
         self, x: Tensor, tasks: Sequence[str], level: LevelLike | None = None, budget: Budget | None = None
     ) -> dict[str, DENOutput]:
         """As `DEN.forward_tasks`."""
         check_tasks(tasks, self.tasks, self.set_index)
+        level_NB, level_probs, *logits = self._outputs(x, tuple(tasks), level, budget)
+        return {task: DENOutput(l, level_NB, level_probs) for task, l in zip(tasks, logits, strict=True)}
+
+    def _outputs(
+        self, x: Tensor, tasks: tuple[str, ...], level: LevelLike | None, budget: Budget | None
+    ) -> tuple[Any, ...]:
+        """Levels, probabilities and logits of each task, which is checked; the other arguments are checked here."""
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self._outputs(x, tasks, level, budget)
         check_images(x, self.in_channels, self.device, "this model was frozen for")
         # A trunk that takes levels as they are checks them itself.
         checked_later = self.trunk.takes_levels
         inputs = check_choice(self.selector, x, level, budget, self.num_blocks, self.num_levels, checked_later)
-        names = tuple(tasks)
-        found = self.run(names, x, *inputs) if self.calls is None else self.calls(self.run, names, x, *inputs)
-        level_NB, level_probs, *logits = found
-        return {
-            task: DENOutput(cast(Tensor, l), cast(Tensor, level_NB), level_probs)
-            for task, l in zip(names, logits, strict=True)
-        }
+        return self.run(tasks, x, *inputs) if self.calls is None else self.calls(self.run, tasks, x, *inputs)
 
     def run(
         self, tasks: tuple[str, ...], x: Tensor, level_NB: Tensor | None, budget_N: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """A call on checked arguments: levels, probabilities, logits of each task. Nothing here waits for a GPU."""
         set_index = self.set_index[tasks[0]]
-        x = x.to(self.dtype, memory_format=torch.channels_last)
+        if x.dtype is not self.dtype or not x.is_contiguous(memory_format=torch.channels_last):
+            x = x.to(self.dtype, memory_format=torch.channels_last)
         level_NB, level_probs = choose(self.selector, x, level_NB, budget_N)
         plan = level_NB.contiguous() if self.trunk.takes_levels else dk.plan_levels(level_NB, self.num_levels)
         stride = stem_stride(x.shape[2], x.shape[3], self.base_size)

@@ -134,7 +134,7 @@ def choose(
     """Levels [N, B] and, where the selector decides, its probabilities [N, B, L]; arguments of `check_choice`."""
     if level_NB is not None:
         return level_NB, None
-    level_probs = (selector(x) if budget_N is None else selector(x, budget_N)).float().softmax(2)
+    level_probs = (selector(x) if budget_N is None else selector(x, budget_N)).softmax(2, dtype=torch.float32)
     return level_probs.argmax(2), level_probs
 
 
@@ -314,10 +314,11 @@ def check_images(x: Any, in_channels: int, device: torch.device, whose: str = "t
         raise TypeError(f"x is a {type(x).__name__}; it must be a tensor of images [N, {in_channels}, H, W]")
     if not x.is_floating_point():
         raise TypeError(f"x has dtype {x.dtype}; images must be floating point, such as torch.float32")
-    if x.dim() != 4 or x.shape[1] != in_channels:
-        raise ValueError(f"x has shape {tuple(x.shape)}; it must be [N, {in_channels}, H, W]")
-    if min(x.shape[2:]) < 1:
-        raise ValueError(f"x has shape {tuple(x.shape)}; images must have at least one pixel")
+    shape = x.shape
+    if len(shape) != 4 or shape[1] != in_channels:
+        raise ValueError(f"x has shape {tuple(shape)}; it must be [N, {in_channels}, H, W]")
+    if shape[2] < 1 or shape[3] < 1:
+        raise ValueError(f"x has shape {tuple(shape)}; images must have at least one pixel")
     if x.device != device:
         raise ValueError(f"x is on {x.device}, but {whose} {device}; they must be together")
 
@@ -331,8 +332,10 @@ def check_level(level: LevelLike, x: Tensor, num_blocks: int, num_levels: int, c
         if isinstance(level, str) or not isinstance(level, Sequence):
             raise TypeError(f"level is {level!r}; it must be integers [N, B] or [B]")
         level = torch.tensor(level, device=x.device)
-    if level.dtype == torch.bool or level.is_floating_point() or level.is_complex():
-        raise TypeError(f"level has dtype {level.dtype}; it must be an integer dtype, such as torch.int64")
+    if level.dtype is not torch.int64:
+        if level.dtype == torch.bool or level.is_floating_point() or level.is_complex():
+            raise TypeError(f"level has dtype {level.dtype}; it must be an integer dtype, such as torch.int64")
+        level = level.to(torch.int64)
     batch = x.shape[0]
     if level.shape not in ((num_blocks,), (batch, num_blocks)):
         raise ValueError(
@@ -340,7 +343,6 @@ def check_level(level: LevelLike, x: Tensor, num_blocks: int, num_levels: int, c
         )
     if level.device != x.device:
         raise ValueError(f"level is on {level.device}, but x is on {x.device}; move one of them")
-    level = level.to(torch.int64)
     if not checked_later:
         level = _in_range(level, num_levels)
     return level.expand(batch, -1) if level.dim() == 1 else level

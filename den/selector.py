@@ -192,5 +192,5 @@ def shrink(x: Tensor, spec: SelectorSpec) -> tuple[Tensor, int]:
 
 def mask_levels(logits: Tensor, num_blocks: int, mask_BL: Tensor | None) -> Tensor:
     """[N, B * L] -> [N, B, L], levels that a block lacks at a logit of probability 0."""
-    logits = logits.unflatten(1, (num_blocks, -1))
+    logits = logits.view(logits.shape[0], num_blocks, logits.shape[1] // num_blocks)
     return logits if mask_BL is None else logits.masked_fill(mask_BL, MASKED)

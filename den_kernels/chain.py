@@ -162,12 +162,17 @@ def _output_shape(shape: tuple[int, ...], spec: str) -> tuple[int, ...]:
 
 def chain_output(x: Tensor, spec: str) -> Tensor:
     """An empty tensor for what a chain makes of x [N, C, H, W]: a channels_last map, with a pool [N, C], or [N, K]."""
+    return empty_output(x.shape, x.dtype, x.device, spec)()
+
+
+def empty_output(shape: Sequence[int], dtype: torch.dtype, device: torch.device, spec: str) -> Callable[[], Tensor]:
+    """What makes `chain_output` for each x of this shape."""
     # What torch.compile traces with may be symbols, which cannot be looked up.
-    known = all(type(size) is int for size in x.shape)
-    shape = (_output_shape if known else _output_shape.__wrapped__)(tuple(x.shape), spec)
-    if read_spec(spec)[0]:
-        return torch.empty(shape[:2], dtype=x.dtype, device=x.device)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    known = all(type(size) is int for size in shape)
+    made = (_output_shape if known else _output_shape.__wrapped__)(tuple(shape), spec)
+    pooled = read_spec(spec)[0]
+    layout = {} if pooled else {"memory_format": torch.channels_last}
+    return functools.partial(torch.empty, made[:2] if pooled else made, dtype=dtype, device=device, **layout)
 
 
 def plan_rows(

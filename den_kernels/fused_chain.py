@@ -6,23 +6,26 @@ N samples, C channels, H W space.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from den_kernels import ops as _ops  # noqa: F401  (registers torch.ops.den_kernels)
-from den_kernels.backends import resolve
+from den_kernels.backends import load, resolve
 from den_kernels.block import output_shape
 from den_kernels.chain import ConvArguments, Layer, flatten
 from den_kernels.fused import FusedResidualBlock
 from den_kernels.fused_conv import FusedConv2d
 from den_kernels.fused_linear import FusedLinear
 from den_kernels.fused_pool import FusedPool
-from den_kernels.packed import gather_weights
+from den_kernels.packed import changes, gather_weights
 from den_kernels.plan import LevelPlan
+from den_kernels.unwatched import unwatched
 
 Flat = tuple[list[Tensor], str]  # from `flatten`
+Bound = Callable[[Tensor, Tensor | None], Tensor]  # from a backend's `bind_chain`
+_MOST_BOUND = 64  # shapes of batches
 
 
 def joins_chain(backend: str, device: torch.device, dtype: torch.dtype) -> bool:
@@ -54,9 +57,15 @@ class FusedChain:
         self.layers, self.pool, self.backend = list(layers), pool, backends.pop()
         gather_weights(self.layers)
         # What calls hand to the operator, for as long as no layer changes.
+        self._changes = -1
         self._versions: list[int] = []
         self._classes: dict[tuple, tuple[int, ...]] = {}  # by shape and stride
         self._flat: dict[tuple, Flat] = {}
+        self._bound: dict[tuple, Bound | None] = {}
+
+    def __getstate__(self) -> dict:
+        # What is kept for calls holds addresses, which a copy or another process must not use.
+        return {**self.__dict__, "_changes": -1, "_versions": [], "_classes": {}, "_flat": {}, "_bound": {}}
 
     def __call__(
         self,
@@ -72,6 +81,10 @@ class FusedChain:
         their levels, int64 [N, B]; None where none has. entry_stride: of the first layer, a convolution, in place of
         its own; see `FusedConv2d.forward`. head: what stands behind the pool.
         """
+        if (plan is None or type(plan) is Tensor) and unwatched(x):
+            bound = self._bound_for(x, set_index, entry_stride, head)
+            if bound is not None:
+                return bound(x, plan)
         entry = tuple(x.shape), entry_stride
         if torch.compiler.is_compiling():  # what is kept would be guarded on, and compiled anew once it is there
             flat = self._flatten(set_index, entry_stride, self._batch_classes(*entry), head)
@@ -80,18 +93,37 @@ class FusedChain:
         rows = (plan, None, None) if plan is None or isinstance(plan, Tensor) else plan
         return torch.ops.den_kernels.residual_chain(x, *rows, *flat, self.backend)
 
+    def _bound_for(self, x: Tensor, set_index: int, entry_stride: int | None, head: FusedLinear | None) -> Bound | None:
+        """The backend's own call for batches like x, kept for as long as no layer changes; None if it has none."""
+        self._forget_changed()
+        kept = self._bound  # which other threads replace, and never empty
+        key = x.shape, x.dtype, x.device, set_index, entry_stride, head, None if head is None else head.version
+        if key not in kept:
+            if len(kept) >= _MOST_BOUND:
+                kept = self._bound = {}
+            bind = getattr(load(self.backend), "bind_chain", None)
+            kept[key] = bind and bind(x, *self._kept(set_index, tuple(x.shape), entry_stride, head))
+        return kept[key]
+
+    def _forget_changed(self) -> None:
+        # Another chain's layers change too, but seldom.
+        if changes() == self._changes:
+            return
+        self._changes, versions = changes(), [layer.version for layer in self.layers]
+        if versions != self._versions:
+            self._versions, self._classes, self._flat, self._bound = versions, {}, {}, {}
+
     def _kept(self, set_index: int, shape: tuple[int, ...], entry_stride: int | None, head: FusedLinear | None) -> Flat:
         """`_flatten`, kept for as long as no layer changes: it costs more than the call."""
-        versions = [layer.version for layer in self.layers]
-        if versions != self._versions:
-            self._versions, self._classes, self._flat = versions, {}, {}
-        if (shape, entry_stride) not in self._classes:
-            self._classes[shape, entry_stride] = self._batch_classes(shape, entry_stride)
-        classes = self._classes[shape, entry_stride]
+        self._forget_changed()
+        all_classes, flat = self._classes, self._flat
+        if (shape, entry_stride) not in all_classes:
+            all_classes[shape, entry_stride] = self._batch_classes(shape, entry_stride)
+        classes = all_classes[shape, entry_stride]
         key = set_index, entry_stride, classes, head, None if head is None else head.version
-        if key not in self._flat:
-            self._flat[key] = self._flatten(set_index, entry_stride, classes, head)
-        return self._flat[key]
+        if key not in flat:
+            flat[key] = self._flatten(set_index, entry_stride, classes, head)
+        return flat[key]
 
     def _batch_classes(self, shape: tuple[int, ...], entry_stride: int | None) -> tuple[int, ...]:
         """Which form of its weights each layer takes for an x of this shape."""

@@ -8,6 +8,13 @@ from torch import Tensor, nn
 
 from den_kernels.backends import load
 
+_changes = 0  # of all layers of this process
+
+
+def changes() -> int:
+    """How often tensors of any layer were replaced: where it is the same as before, none is another."""
+    return _changes
+
 
 class PackedLayer(nn.Module):
     """A layer with packed weights, a form for each class of batch (see `den_kernels.backends`).
@@ -26,6 +33,8 @@ class PackedLayer(nn.Module):
 
     def changed(self) -> None:
         """Its tensors are others than before: what was kept of them is out of date."""
+        global _changes
+        _changes += 1
         self.version += 1
 
     def _apply(self, fn, recurse=True):

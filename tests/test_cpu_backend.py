@@ -301,7 +301,9 @@ def test_winograd_weights_of_a_nested_width_are_a_prefix() -> None:
 def test_batches_of_few_tiles_read_smaller_weights(channels, samples, tile) -> None:
     weight = torch.randn(channels, channels, 3, 3)
     ones = torch.ones(1, 1, channels)
-    block = dk.FusedResidualBlock([weight] * 2, [ones] * 2, [ones] * 2, [channels], strides=[1, 1], relu=True, backend="cpu")
+    block = dk.FusedResidualBlock(
+        [weight] * 2, [ones] * 2, [ones] * 2, [channels], strides=[1, 1], relu=True, backend="cpu"
+    )
     batch_class = block.batch_class((samples, channels, 8, 8))
     packed = block.arguments(0, batch_class).weight[0]
     assert torch.equal(packed, cpu.pack_weight(weight, 1, tile))

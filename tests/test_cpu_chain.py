@@ -6,6 +6,7 @@ import pytest
 import torch
 from cpu_cases import isas
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import den_kernels as dk
 from den_kernels.backends import cpu
@@ -141,6 +142,65 @@ def test_a_chain_follows_its_layers(backend):
     assert not torch.equal(chain(x, plan), before)
 
 
+class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+    """The operators that run in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("pool", ["map", "norm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_operator_left_out_or_not_the_result_is_the_same(dtype, pool):
+    chain = make_chain("cpu", dtype, pool)
+    for count in (3, 0, 1):
+        x, level = images(count, dtype), torch.randint(len(WIDTHS), (count, 2))
+        bound = chain(x, level)
+        with Recorder() as seen:
+            watched = chain(x, level)
+        assert "den_kernels.residual_chain.default" in seen.names, f"{count} images: {seen.names}"
+        assert torch.equal(bound, watched), f"{count} images"
+        assert bound.stride() == watched.stride(), f"{count} images"
+        assert torch.equal(chain(x.contiguous(), level), watched), f"{count} images, another layout"
+
+
+def test_whoever_watches_sees_the_operator():
+    chain, x = make_chain("cpu", torch.float32, "mean"), images(2, torch.float32)
+    level = torch.ones(2, 2, dtype=torch.long)
+    wanted = chain(x, level)
+    with FlopCounterMode(display=False) as flops:
+        chain(x, level)
+    assert flops.get_total_flops() > 0, "FLOPs"
+    with torch.profiler.profile() as profile:
+        chain(x, level)
+    assert "den_kernels::residual_chain" in {event.key for event in profile.key_averages()}
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert chain(mode.from_tensor(x), level).shape == wanted.shape, "fake"
+    subclass = torch.Tensor._make_subclass(type("Sub", (torch.Tensor,), {}), x)
+    assert type(chain(subclass, level)) is not torch.Tensor, "subclass"
+    with pytest.raises(RuntimeError):  # no batching rule: an error, never a result of other memory
+        torch.vmap(lambda x: chain(x[None], level[:1]))(x)
+
+
+def test_moved_weights_are_found():
+    """Weights whose memory is moved under the same tensors, as sharing them with another process does."""
+    chain, x = make_chain("cpu", torch.float32, "mean"), images(2, torch.float32)
+    level = torch.ones(2, 2, dtype=torch.long)
+    wanted = chain(x, level)
+    places = [tensor.data_ptr() for layer in chain.layers for tensor in layer.packed().values()]
+    for layer in chain.layers:
+        for tensor in layer.packed().values():
+            tensor.share_memory_()
+    moved = [tensor.data_ptr() for layer in chain.layers for tensor in layer.packed().values()]
+    assert set(places).isdisjoint(moved)
+    assert torch.equal(chain(x, level), wanted)
+
+
 @isas
 def test_a_chain_serves_several_callers_and_sizes_at_once(isa):
     """What a chain keeps between calls is one call's at a time, and one size's and instruction set's alone."""
@@ -270,7 +330,7 @@ def test_levels_that_do_not_fit_are_named():
     x = images(2, torch.float32)
     with pytest.raises(ValueError, match=r"level\[1, 0\] is 3; it must be between 0 and 2"):
         chain(x, torch.tensor([[0, 1], [3, 0]]))
-    with pytest.raises(ValueError, match=r"shape \(2, 3\); .* of shape \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"shape \(2, 3\), .* of shape \(2, 2\)"):
         chain(x, torch.zeros(2, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"level is torch.int32"):
         chain(x, torch.zeros(2, 2, dtype=torch.int32))

@@ -15,7 +15,8 @@ A backend is a module with
     ENDS_IN_CHAIN                       whether a network's first convolution, linear layer and plan are faster in its
                                         chain than as operators of their own
 
-and, where it has its own: conv2d_add; batch_norm and batch_norm_backward; plan_levels ("triton" and "cpu").
+and, where it has its own: conv2d_add; batch_norm and batch_norm_backward; plan_levels ("triton" and "cpu");
+bind_chain, a residual_chain for batches of one shape that is called without an operator ("cpu").
 
 Nothing heavy is imported until a backend is asked for.
 """

@@ -10,19 +10,16 @@ Symbols: N samples, C channels, H W space, L levels.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from den_kernels.backends import batch_norm as plain
 from den_kernels.backends import grouped
+from den_kernels.backends.cpu.chains import bind_chain, check_plan, residual_block, residual_chain
 from den_kernels.backends.cpu.native import DTYPES, extension, set_isa, supported_isas, unavailable
 from den_kernels.backends.cpu.weights import TILE_BOUNDS, gather, pack_weight, pack_weights
-from den_kernels.block import BlockArguments
-from den_kernels.chain import flatten, read_spec
 
 __all__ = [
     "ENDS_IN_CHAIN",
@@ -30,6 +27,7 @@ __all__ = [
     "TILE_BOUNDS",
     "batch_norm",
     "batch_norm_backward",
+    "bind_chain",
     "conv2d",
     "conv2d_add",
     "conv2d_backward",
@@ -284,7 +282,7 @@ def fused_conv2d(
     level, order [N], in_widths, out_widths [L]: int32, contiguous. weight: from `pack_weight`. scale, shift [L, O]:
     float32, contiguous. Raises ValueError for a level, an order or widths out of range, or a weight of another shape.
     """
-    _check_plan(level, order, x.shape[0])
+    check_plan(level, order, x.shape[0])
 
     def run(x: Tensor, out: Tensor, level: Tensor, order: Tensor, stride: int) -> None:
         N, C, H, W = x.shape
@@ -316,82 +314,7 @@ def fused_conv2d(
         out_NO[rows] = made.permute(0, 2, 3, 1).view(len(rows), -1)
 
 
-def residual_block(x: Tensor, out: Tensor, level: Tensor, order: Tensor, count: Tensor, *block) -> None:
-    """One residual block for inference, written to `out`, which may be `x` itself when the shapes agree.
-
-    level, order [N]: int32, contiguous. For the rest see `residual_chain`.
-    """
-    arguments = BlockArguments(*block)
-    _check_plan(level, order, x.shape[0])
-    if arguments.levels == 1 and level.any():
-        raise ValueError(f"level is {level.tolist()}; the block has one level, which is 0")
-    residual_chain(x, out, level, order, count, *flatten([arguments]))
-
-
-def residual_chain(
-    x: Tensor,
-    out: Tensor,
-    level: Tensor | None,
-    order: Tensor | None,
-    count: Tensor | None,
-    tensors: Sequence[Tensor],
-    spec: str,
-) -> None:
-    """A chain of layers in one call; the maps between them are scratch memory of the extension.
-
-    x, out: float32 or bfloat16; out may be x when there is one block and the shapes agree. level, order: int32 [B, N]
-    (or [N] for one block), contiguous, of the layers that have more than one level; None where none has. Without an
-    order, level is int64 [N, B], contiguous, and the extension makes the plan. tensors, spec:
-    from `den_kernels.chain.flatten`, with weights from `pack_weight`, scales and shifts float32, contiguous. Raises
-    ValueError for a level, an order or widths out of range, or packed weights of another shape.
-    """
-    N, C, H, W = x.shape
-    chain = _chain(DTYPES[x.dtype], tuple(t.data_ptr() for t in tensors), spec)
-    if level is not None and order is None:
-        _check_levels(level, (N, chain.choices))
-    else:
-        _check_plan(level, order, N, chain.choices)
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        x = x.contiguous(memory_format=torch.channels_last)
-    in_layout = out.dim() == 2 or out.is_contiguous(memory_format=torch.channels_last)
-    written = out if in_layout else torch.empty_like(out, memory_format=torch.channels_last)
-    chain.run(x.data_ptr(), written.data_ptr(), _address(level), _address(order), (N, C, H, W), torch.get_num_threads())
-    if not in_layout:
-        out.copy_(written)
-
-
-def _check_plan(level: Tensor | None, order: Tensor | None, samples: int, blocks: int = 1) -> None:
-    if blocks == 0:
-        return
-    for name, value in (("level", level), ("order", order)):
-        if (
-            value is None
-            or value.dtype != torch.int32
-            or value.numel() != blocks * samples
-            or not value.is_contiguous()
-        ):
-            given = "None" if value is None else f"{value.dtype} of shape {tuple(value.shape)}"
-            raise ValueError(
-                f"{name} is {given}; it must be contiguous torch.int32 of shape ({samples},), one entry a sample, for "
-                f"each of {blocks} blocks: use plan_levels(...)"
-            )
-
-
-def _check_levels(level: Tensor, shape: tuple[int, int]) -> None:
-    if level.dtype != torch.int64 or tuple(level.shape) != shape or not level.is_contiguous():
-        raise ValueError(
-            f"level is {level.dtype} of shape {tuple(level.shape)}; without an order it must be contiguous torch.int64 "
-            f"of shape {shape}, samples by blocks"
-        )
-
-
 def _is_plan(level: Tensor, order: Tensor, levels: int) -> bool:
     """Whether the levels are below `levels`, and the order holds each sample once."""
     in_range = bool(((level >= 0) & (level < levels)).all())
     return in_range and order.sort().values.equal(torch.arange(len(order), dtype=order.dtype))
-
-
-@functools.lru_cache(maxsize=256)
-def _chain(dtype: str, addresses: tuple[int, ...], spec: str) -> Any:
-    """The native form of a chain, which these numbers determine: it holds addresses, no values."""
-    return extension().Chain(dtype, addresses, read_spec(spec))
