@@ -6,7 +6,7 @@ namespace den {
 
 template <class T>
 BlockJob<T>::BlockJob(const BlockRunner<T>& run, std::vector<int>& owner)
-    : run_(run), threads_(std::max(1, run.block().threads)), team_(run.team()), teams_(threads_), idle_pieces_(threads_) {
+    : run_(run), threads_(std::max(1, run.block().threads)), team_(run.team()) {
     const ResidualBlock& block = run.block();
     for (int i = 0; i < block.samples; ++i) {
         const int n = block.order[i];
@@ -26,10 +26,9 @@ BlockJob<T>::BlockJob(const BlockRunner<T>& run, std::vector<int>& owner)
     std::vector<int> wanted;
     for (int i = 0; i < whole_; ++i) wanted.push_back(owner[active_[i * team_]]);
     const std::vector<int> dealt = deal(cost, wanted, threads_);
-    for (int i = 0; i < whole_; ++i) {
-        teams_.give(dealt[i], i);
+    teams_ = Pieces(dealt, threads_);
+    for (int i = 0; i < whole_; ++i)
         for (int s = i * team_; s < std::min((i + 1) * team_, int(active_.size())); ++s) owner[active_[s]] = dealt[i];
-    }
     shared_.assign(active_.begin() + std::min<std::size_t>(active_.size(), std::size_t(whole_) * team_), active_.end());
     for (int n : shared_) owner[n] = -1;
     idle_parts_ = ceil_div(threads_, std::max(1, int(idle_.size())));
@@ -50,10 +49,8 @@ void BlockJob<T>::deal_idle(std::vector<int>& owner) {
     for (int n : idle_)
         for (int part = 0; part < idle_parts_; ++part) wanted.push_back(idle_parts_ == 1 ? owner[n] : part % threads_);
     const std::vector<int> dealt = deal(cost, wanted, threads_);
-    for (int i = 0; i < int(dealt.size()); ++i) {
-        idle_pieces_.give(dealt[i], i);
-        owner[idle_[i / idle_parts_]] = idle_parts_ == 1 ? dealt[i] : -1;
-    }
+    idle_pieces_ = Pieces(dealt, threads_);
+    for (int i = 0; i < int(dealt.size()); ++i) owner[idle_[i / idle_parts_]] = idle_parts_ == 1 ? dealt[i] : -1;
 }
 
 template <class T>

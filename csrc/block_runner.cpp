@@ -1,6 +1,7 @@
 #include "block_runner.h"
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 
 namespace den {
@@ -229,8 +230,8 @@ void BlockRunner<T>::conv(float* workspace, int i, int n, int unit0, int unit1, 
 }
 
 template <class T>
-std::vector<WinogradTile<T>> BlockRunner<T>::tiles(int i, int group, float* workspaces, const int* samples,
-                                                   int count) const {
+std::vector<WinogradTile<T>> BlockRunner<T>::sample_tiles(int i, int group, float* workspaces, const int* samples,
+                                                          int count) const {
     const BlockConv& conv = block_.convs[i];
     const ConvShape& shape = maps_[i].conv();
     // Groups are whole blocks of the maps (winograd.h).
@@ -238,7 +239,7 @@ std::vector<WinogradTile<T>> BlockRunner<T>::tiles(int i, int group, float* work
     const bool of_x = i == 0 && reads_x();
     const std::ptrdiff_t in = of_x ? first_in : first_in / kMapBlock<T> * maps_[i].block_pitch();
     std::vector<WinogradTile<T>> tiles;
-    tiles.reserve(std::size_t(count) * tiling(i).tiles());
+    tiles.reserve(count);
     for (int s = 0; s < count; ++s) {
         float* workspace = workspaces + s * workspace_floats_;
         const int n = samples[s];
@@ -255,7 +256,7 @@ std::vector<WinogradTile<T>> BlockRunner<T>::tiles(int i, int group, float* work
         }
         tile.active_in = conv.groups == 1 ? active_in(i, n) : shape.group_in();
         tile.active_out = conv.groups == 1 ? active_out(i, n) : shape.group_out();
-        tiling(i).append(tile, tiles);
+        tiles.push_back(tile);
     }
     return tiles;
 }
@@ -317,8 +318,9 @@ void BlockRunner<T>::run_team(float* workspaces, const int* samples, int count, 
             continue;
         }
         for (int group = 0; group < block_.convs[i].groups; ++group) {
-            const std::vector<WinogradTile<T>> all = tiles(i, group, workspaces, samples, count);
-            winograd_tiles(i, group, all.data(), int(all.size()), 0, tiling(i).groups(), bench);
+            const std::vector<WinogradTile<T>> of_each = sample_tiles(i, group, workspaces, samples, count);
+            const int total = int(of_each.size()) * tiling(i).tiles();
+            winograd_tiles(i, group, tiling(i).tiles_of(of_each, 0, total).data(), total, 0, tiling(i).groups(), bench);
         }
     }
 }
@@ -327,36 +329,49 @@ template <class T>
 void BlockRunner<T>::shared_winograd(int i, float* workspaces, const std::vector<int>& samples, float* bench,
                                      int threads) const {
     for (int group = 0; group < block_.convs[i].groups; ++group) {
-        const std::vector<WinogradTile<T>> all = tiles(i, group, workspaces, samples.data(), int(samples.size()));
-        if (all.empty()) continue;
+        const std::vector<WinogradTile<T>> of_each = sample_tiles(i, group, workspaces, samples.data(), int(samples.size()));
         int widest = 0;
-        for (const WinogradTile<T>& tile : all) widest = std::max(widest, tile.active_out);
+        for (const WinogradTile<T>& tile : of_each) widest = std::max(widest, tile.active_out);
         // What every thread reads is to be the smaller of weights and transformed tiles.
-        const bool by_tiles = int(all.size()) >= widest;
+        const bool by_tiles = int(of_each.size()) * tiling(i).tiles() >= widest;
         // Static: a thread meets the rows, or the channels, that it wrote.
 #pragma omp for schedule(static) nowait
         for (int piece = 0; piece < threads; ++piece) {
             if (by_tiles)
-                tiles_piece(i, group, all, piece, threads, bench);
+                tiles_piece(i, group, of_each, piece, threads, bench);
             else
-                channels_piece(i, group, all, widest, piece, threads, bench);
+                channels_piece(i, group, of_each, widest, piece, threads, bench);
         }
     }
 #pragma omp barrier
 }
 
 template <class T>
-void BlockRunner<T>::tiles_piece(int i, int group, const std::vector<WinogradTile<T>>& all, int piece, int pieces,
+void BlockRunner<T>::tiles_piece(int i, int group, const std::vector<WinogradTile<T>>& samples, int piece, int pieces,
                                  float* bench) const {
-    std::vector<double> cost;
-    for (const WinogradTile<T>& tile : all) cost.push_back(cost_of(tile, 0, tile.active_out));
-    const std::vector<int> cuts = even_cuts(cost, pieces);
-    winograd_tiles(i, group, all.data() + cuts[piece], cuts[piece + 1] - cuts[piece], 0, tiling(i).groups(), bench);
+    const int each = tiling(i).tiles();
+    double total = 0;
+    for (const WinogradTile<T>& tile : samples) total += each * cost_of(tile, 0, tile.active_out);
+    // The first tile of a piece, where those before it are to do as much as the pieces before it. A sample's are equally dear.
+    const auto first_tile = [&](int p) {
+        double before = total * p / pieces;
+        int first = 0;
+        for (const WinogradTile<T>& tile : samples) {
+            const double cost = cost_of(tile, 0, tile.active_out);
+            const int some = std::min(each, int(std::ceil(before / cost - 1e-9)));
+            if (some <= 0) break;
+            first += some, before -= some * cost;
+        }
+        return first;
+    };
+    const int first = first_tile(piece), last = first_tile(piece + 1);
+    winograd_tiles(i, group, tiling(i).tiles_of(samples, first, last).data(), last - first, 0, tiling(i).groups(), bench);
 }
 
 template <class T>
-void BlockRunner<T>::channels_piece(int i, int group, const std::vector<WinogradTile<T>>& all, int widest, int piece,
+void BlockRunner<T>::channels_piece(int i, int group, const std::vector<WinogradTile<T>>& samples, int widest, int piece,
                                     int pieces, float* bench) const {
+    const std::vector<WinogradTile<T>> all = tiling(i).tiles_of(samples, 0, int(samples.size()) * tiling(i).tiles());
     // Units of work: groups of output channels, each cut into parts by tiles where else they would not come out even.
     const int total = int(all.size()), groups = winograd_groups(widest);
     const int parts = std::min(pieces / std::gcd(groups, pieces), ceil_div(total, kFewestTiles));

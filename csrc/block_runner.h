@@ -85,14 +85,15 @@ private:
     // Rows of sample n into the first map, through the norm in front if there is one.
     void load_rows(float* workspace, int n, int row0, int row1) const;
     void project(int n, int unit0, int unit1, int row0, int row1, float* bench) const;
-    // The tiles of the samples that run group `group` of convolution i: a convolution of its own.
-    std::vector<WinogradTile<T>> tiles(int i, int group, float* workspaces, const int* samples, int count) const;
+    // A tile of each of the samples that run group `group` of convolution i: a convolution of its own.
+    std::vector<WinogradTile<T>> sample_tiles(int i, int group, float* workspaces, const int* samples, int count) const;
     WinogradPass<T> winograd_pass(int i, int group, float* v, int tiles) const;
     // Groups [group0, group1) of output channels of these tiles, some at a time.
     void winograd_tiles(int i, int group, const WinogradTile<T>* tiles, int count, int group0, int group1, float* bench) const;
-    // One of `pieces` that these tiles' outputs are cut into, each of tiles of its own or of output channels of its own.
-    void tiles_piece(int i, int group, const std::vector<WinogradTile<T>>& all, int piece, int pieces, float* bench) const;
-    void channels_piece(int i, int group, const std::vector<WinogradTile<T>>& all, int widest, int piece, int pieces,
+    // One of `pieces` that the outputs of these samples are cut into, each of tiles of its own or of output channels of its
+    // own.
+    void tiles_piece(int i, int group, const std::vector<WinogradTile<T>>& samples, int piece, int pieces, float* bench) const;
+    void channels_piece(int i, int group, const std::vector<WinogradTile<T>>& samples, int widest, int piece, int pieces,
                         float* bench) const;
 
     const ResidualBlock& block_;

@@ -78,17 +78,22 @@ int count_whole(const std::vector<double>& cost, int threads) {
     return best;
 }
 
-Pieces::Pieces(int threads) : lists_(threads), begun_(new std::atomic<int>[threads]) {
+Pieces::Pieces(const std::vector<int>& thread_of, int threads) {
+    if (thread_of.empty()) return;
+    lists_.resize(threads);
+    for (std::size_t i = 0; i < thread_of.size(); ++i) lists_[thread_of[i]].push_back(int(i));
+    begun_.reset(new std::atomic<int>[threads]);
     for (int i = 0; i < threads; ++i) begun_[i] = 0;
 }
 
 std::vector<int> deal(const std::vector<double>& cost, const std::vector<int>& wanted, int threads) {
     // A map that comes from another core's cache can take as long as some of the work on it.
     constexpr double kMoving = 1.05;
+    std::vector<int> dealt;
+    if (cost.empty()) return dealt;
     double share = 0;
     for (double c : cost) share += c / threads;
     std::vector<double> load(threads, 0.0);
-    std::vector<int> dealt;
     for (std::size_t i = 0; i < cost.size(); ++i) {
         const int idlest = int(std::min_element(load.begin(), load.end()) - load.begin());
         const bool fits = wanted[i] >= 0 && load[wanted[i]] + cost[i] <= share * kMoving;

@@ -42,10 +42,10 @@ int count_whole(const std::vector<double>& cost, int threads);
 // begun: only time depends on who does what.
 class Pieces {
 public:
-    explicit Pieces(int threads);
+    Pieces() = default;
+    // thread_of: that of each piece.
+    Pieces(const std::vector<int>& thread_of, int threads);
 
-    // Behind those that the thread has already.
-    void give(int thread, int piece) { lists_[thread].push_back(piece); }
     // work(piece) for what the calling thread, `own`, gets. Each thread calls it, once.
     template <class Work>
     void run(int own, const Work& work) const {

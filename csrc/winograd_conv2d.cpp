@@ -38,18 +38,20 @@ public:
     }
 
     void run(const int* samples, int count, const float* weight, float* bench) const {
-        std::vector<WinogradTile<T>> tiles;
+        std::vector<WinogradTile<T>> computed;
         for (int s = 0; s < count; ++s) {
             const int n = samples[s];
             args_.fill_rest(n, 0, args_.shape.out_height());
             if (args_.computed(n) == 0) continue;
             if (!reads_x()) load(n, map(bench, s));
-            add_tiles(n, reads_x() ? x(n) : map(bench, s), tiles);
+            computed.push_back(tile_of(n, reads_x() ? x(n) : map(bench, s)));
         }
-        const int total = int(tiles.size()), chunks = ceil_div(total, tiling_.chunk());
+        const int total = int(computed.size()) * tiling_.tiles(), chunks = ceil_div(total, tiling_.chunk());
         for (int c = 0; c < chunks; ++c) {
-            const int first = total * c / chunks, some = total * (c + 1) / chunks - first;
-            tiling_.convolve(pass_of(weight, bench, some), tiles.data() + first, some, 0, tiling_.groups());
+            const std::vector<WinogradTile<T>> some =
+                tiling_.tiles_of(computed, total * c / chunks, total * (c + 1) / chunks);
+            const int count = int(some.size());
+            tiling_.convolve(pass_of(weight, bench, count), some.data(), count, 0, tiling_.groups());
         }
     }
 
@@ -67,7 +69,7 @@ private:
         kernels_.load(map_.load(to, x(n), s.in_channels, args_.in_width[n]), 0, s.height);
     }
 
-    void add_tiles(int n, const T* from, std::vector<WinogradTile<T>>& tiles) const {
+    WinogradTile<T> tile_of(int n, const T* from) const {
         WinogradTile<T> tile{};
         tile.in = from;
         tile.out = args_.out + args_.out_offset(n);
@@ -76,7 +78,7 @@ private:
         tile.add = bias_.data();
         tile.active_in = args_.in_width[n];
         tile.active_out = args_.out_width[n];
-        tiling_.append(tile, tiles);
+        return tile;
     }
 
     WinogradPass<T> pass_of(const float* weight, float* v, int tiles) const {

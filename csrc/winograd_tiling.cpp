@@ -47,9 +47,21 @@ std::size_t WinogradTiling<T>::chunk_floats(int samples) const {
 }
 
 template <class T>
-void WinogradTiling<T>::append(WinogradTile<T> sample, std::vector<WinogradTile<T>>& tiles) const {
-    for (sample.row = 0; sample.row < conv_.out_height(); sample.row += tile_)
-        for (sample.col = 0; sample.col < conv_.out_width(); sample.col += tile_) tiles.push_back(sample);
+std::vector<WinogradTile<T>> WinogradTiling<T>::tiles_of(const std::vector<WinogradTile<T>>& samples, int first,
+                                                         int last) const {
+    const int cols = ceil_div(conv_.out_width(), tile_), each = tiles();
+    std::size_t sample = first / each;
+    int row = first % each / cols * tile_, col = first % cols * tile_;
+    std::vector<WinogradTile<T>> tiles;
+    tiles.reserve(last - first);
+    for (int t = first; t < last; ++t) {
+        tiles.push_back(samples[sample]);
+        tiles.back().row = row, tiles.back().col = col;
+        col += tile_;
+        if (col >= conv_.out_width()) col = 0, row += tile_;
+        if (row >= conv_.out_height()) row = 0, ++sample;
+    }
+    return tiles;
 }
 
 template <class T>

@@ -27,8 +27,9 @@ public:
     // V and products of a chunk of this many samples' tiles.
     std::size_t chunk_floats(int samples) const;
 
-    // Appends all tiles of one sample, which are like `sample` but for their places.
-    void append(WinogradTile<T> sample, std::vector<WinogradTile<T>>& tiles) const;
+    // Tiles [first, last) of some samples, one sample's behind the other's. A sample's are like the one given of it, but for
+    // their places.
+    std::vector<WinogradTile<T>> tiles_of(const std::vector<WinogradTile<T>>& samples, int first, int last) const;
     // The pass over `tiles` tiles of such maps; where their output lies and its ReLU are still to be set.
     WinogradPass<T> pass(const BasicBlockedMap<T>& map, const float* weight, float* v, int tiles) const;
     // Has it read NHWC images in place of maps. Their channels must fill whole vectors: kBlock of them or a multiple.
