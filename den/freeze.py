@@ -18,12 +18,13 @@ from torch import Tensor, nn
 import den_kernels as dk
 from den.blocks.base import Block
 from den.blocks.forms import FreezeOptions, freeze_block, tables
+from den.bound_call import BoundCalls
 from den.budget import Budget
 from den.cuda_graph import StaticCalls, check_batches, check_capturable
 from den.estimator import HiddenTail, PoolTail, Stem, Tail, stem_stride
 from den.model import DEN, DENOutput, LevelLike, check_choice, check_images, check_task, check_tasks, choose
 from den.selector import Selector, SelectorBlock, budget_of, mask_levels, read_head, shrink
-from den.trunk import Trunk, first_conv, last_linear
+from den.trunk import Bound, Trunk, first_conv, last_linear
 
 
 def freeze(
@@ -100,6 +101,7 @@ class FrozenDEN(nn.Module):
         )
         self.selector = freeze_selector(model.selector, options)
         self.calls: StaticCalls | None = None  # set by `freeze`: how calls are replayed
+        self._bound = BoundCalls()
         # The architecture without its weights, for cost tables; in __dict__ so that it is no part of this module.
         self.__dict__["source"] = _without_weights(model)
         self.eval()
@@ -123,6 +125,9 @@ class FrozenDEN(nn.Module):
         self, x: Tensor, task: str | None = None, level: LevelLike | None = None, budget: Budget | None = None
     ) -> DENOutput:
         """As `DEN.forward`; x may be of any floating-point dtype and layout (channels_last saves a copy)."""
+        bound = self._bound.find(self, x, task) if budget is None else None
+        if bound is not None:
+            return bound(x, level)
         task = check_task(task, self.tasks)
         level_NB, level_probs, logits = self._outputs(x, (task,), level, budget)
         return DENOutput(logits, level_NB, level_probs)
@@ -216,6 +221,12 @@ class FrozenSelector(nn.Module):
             copy.deepcopy(selector.condition).to(dtype).requires_grad_(False) if selector.condition else None
         )
         self.register_buffer("level_mask", None if selector.level_mask is None else selector.level_mask.clone())
+
+    def bind(self, x: Tensor) -> Bound | None:
+        """A call for images like x, as `Trunk.bind`, to logits [N, B * L] before the mask; None where it is more."""
+        if self.condition is not None or self.spec.pool != 1:
+            return None
+        return self.trunk.bind(x, 0, stem_stride(x.shape[2], x.shape[3], self.spec.base_size), self.head)
 
     def forward(self, x: Tensor, budget: Budget | None = None) -> Tensor:
         """Logits [N, B, L] of images x [N, C, H, W]; see `Selector.forward`."""

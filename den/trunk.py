@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from den.blocks.forms import FreezeOptions, fold, register_conv
 from den.estimator import stem_pool
 
 Fused = dk.FusedConv2d | dk.FusedResidualBlock
+Bound = Callable[[Tensor, Tensor | None], Tensor]  # of images and levels
 Plan = dk.LevelPlan | Tensor  # or the levels [N, B] that it is made of
 
 
@@ -107,6 +108,13 @@ class Trunk:
                 self.rows += [[numbers[id(layer)]] if id(layer) in numbers else [] for layer in members]
         self.num_blocks = len(blocks)
         self.takes_levels = len(self.steps) == 1 and isinstance(first, dk.FusedConv2d)
+
+    def bind(self, x: Tensor, set_index: int, entry_stride: int, head: nn.Module) -> Bound | None:
+        """A call for batches like x and a linear layer, as `FusedChain.bind`; None where it is not one chain."""
+        chain = self.steps[0]
+        if not self.takes_levels or not isinstance(chain, dk.FusedChain) or not isinstance(head, dk.FusedLinear):
+            return None
+        return chain.bind(x, set_index, entry_stride * chain.layers[0].strides[0], head)
 
     def __call__(
         self,

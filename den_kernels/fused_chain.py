@@ -24,7 +24,7 @@ from den_kernels.plan import LevelPlan
 from den_kernels.unwatched import unwatched
 
 Flat = tuple[list[Tensor], str]  # from `flatten`
-Bound = Callable[[Tensor, Tensor | None], Tensor]  # from a backend's `bind_chain`
+Bound = Callable[[Tensor, Tensor | None], Tensor]  # of x and levels; from a backend's `bind_chain`
 _MOST_BOUND = 64  # shapes of batches
 
 
@@ -82,7 +82,7 @@ class FusedChain:
         its own; see `FusedConv2d.forward`. head: what stands behind the pool.
         """
         if (plan is None or type(plan) is Tensor) and unwatched(x):
-            bound = self._bound_for(x, set_index, entry_stride, head)
+            bound = self.bind(x, set_index, entry_stride, head)
             if bound is not None:
                 return bound(x, plan)
         entry = tuple(x.shape), entry_stride
@@ -93,8 +93,13 @@ class FusedChain:
         rows = (plan, None, None) if plan is None or isinstance(plan, Tensor) else plan
         return torch.ops.den_kernels.residual_chain(x, *rows, *flat, self.backend)
 
-    def _bound_for(self, x: Tensor, set_index: int, entry_stride: int | None, head: FusedLinear | None) -> Bound | None:
-        """The backend's own call for batches like x, kept for as long as no layer changes; None if it has none."""
+    def bind(
+        self, x: Tensor, set_index: int = 0, entry_stride: int | None = None, head: FusedLinear | None = None
+    ) -> Bound | None:
+        """The backend's own call for batches like x, for as long as no layer changes; None where it has none.
+
+        It takes x and levels int64 [N, B], contiguous, or None. PyTorch sees nothing of it: see `unwatched`.
+        """
         self._forget_changed()
         kept = self._bound  # which other threads replace, and never empty
         key = x.shape, x.dtype, x.device, set_index, entry_stride, head, None if head is None else head.version

@@ -75,3 +75,15 @@ def convolutions(draw):
         "geometry": (stride, padding, dilation, groups),
         "seed": draw(st.integers(0, 1000)),
     }
+
+
+class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+    """The operators that run in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from cpu_cases import isas
+from cpu_cases import Recorder, isas
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -140,18 +140,6 @@ def test_a_chain_follows_its_layers(backend):
     for layer in chain.layers:
         layer.move_packed({name: torch.zeros_like(tensor) for name, tensor in layer.packed().items()})
     assert not torch.equal(chain(x, plan), before)
-
-
-class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
-    """The operators that run in it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("pool", ["map", "norm"])
