@@ -82,12 +82,14 @@ class BoundCall:
 
 
 def bind_call(model: FrozenDEN, x: Tensor, task: str | None) -> BoundCall | None:
-    """The call for a task and images like x; None where images are converted or the network is not one chain."""
+    """The call for a task and images like x; None where images are converted, or the network is not one chain of blocks
+    that all have levels."""
     from den.freeze import FrozenSelector
 
     task = check_task(task, model.tasks)
     check_images(x, model.in_channels, model.device, "this model was frozen for")
-    if model.calls is not None or x.dtype != model.dtype:
+    all_blocks = [list(range(model.num_blocks))]
+    if model.calls is not None or x.dtype != model.dtype or model.trunk.rows != all_blocks:
         return None
     stride = stem_stride(x.shape[2], x.shape[3], model.base_size)
     run = model.trunk.bind(x, model.set_index[task], stride, model.heads[task])

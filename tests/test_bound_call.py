@@ -43,6 +43,13 @@ def test_results_are_those_of_the_full_call(make, dtype):
     assert is_kept(frozen)
 
 
+def test_blocks_of_one_level_take_the_full_call():
+    frozen = den.freeze(wrn(ratios=(1,)), backend="cpu")
+    x = torch.randn(2, *image_shape(wrn))
+    same(frozen(x), frozen(x, level=[0] * frozen.num_blocks)._replace(level_probs=torch.ones(2, frozen.num_blocks, 1)))
+    assert not is_kept(frozen)
+
+
 def test_errors_stay():
     frozen = den.freeze(wrn(TWO_TASKS), backend="cpu")
     x, level = torch.randn(2, *image_shape(wrn)), torch.zeros(2, frozen.num_blocks, dtype=torch.long)
