@@ -352,7 +352,7 @@ void BlockRunner<T>::tiles_piece(int i, int group, const std::vector<WinogradTil
     const int each = tiling(i).tiles();
     double total = 0;
     for (const WinogradTile<T>& tile : samples) total += each * cost_of(tile, 0, tile.active_out);
-    // The first tile of a piece, where those before it are to do as much as the pieces before it. A sample's are equally dear.
+    // Where piece p begins: at the fewest tiles that cost p / pieces of the total. A sample's cost the same.
     const auto first_tile = [&](int p) {
         double before = total * p / pieces;
         int first = 0;

@@ -50,8 +50,8 @@ public:
         for (int c = 0; c < chunks; ++c) {
             const std::vector<WinogradTile<T>> some =
                 tiling_.tiles_of(computed, total * c / chunks, total * (c + 1) / chunks);
-            const int count = int(some.size());
-            tiling_.convolve(pass_of(weight, bench, count), some.data(), count, 0, tiling_.groups());
+            const int tiles = int(some.size());
+            tiling_.convolve(pass_of(weight, bench, tiles), some.data(), tiles, 0, tiling_.groups());
         }
     }
 

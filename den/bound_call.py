@@ -1,7 +1,6 @@
 """Calls of a frozen model that only run: what each would check and look up is kept, by task and form of the images.
 
-Behind the weights of a network little of Python is left in the caches, and each of its steps is read from memory again:
-of a call that takes 4 ms, 0.3.
+Behind the weights of a network little of Python is left in the caches, and each of its steps is read from memory again.
 
 Suffixes: N samples, B blocks, L levels.
 """
@@ -12,11 +11,12 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
 
 from den.estimator import stem_stride
 from den.model import DENOutput, LevelLike, check_images, check_level, check_task
 from den.selector import mask_levels
-from den.trunk import Bound
+from den_kernels.fused_chain import Bound
 from den_kernels.packed import changes
 from den_kernels.unwatched import unwatched
 
@@ -27,7 +27,7 @@ _MOST_KEPT = 64  # forms of images
 
 
 class BoundCalls:
-    """The calls of one frozen model, for as long as none of its layers changes."""
+    """The calls of one frozen model whose trunk binds, for as long as no layer changes."""
 
     def __init__(self) -> None:
         self._changes = -1
@@ -40,10 +40,11 @@ class BoundCalls:
         """The call for images like x; None where it is to be made in full. Raises as `DEN.forward` does."""
         if not unwatched(x):
             return None
+        count = changes()
+        if self._changes != count or len(self._kept) > _MOST_KEPT:
+            self._kept = {}
+            self._changes = count  # last: other threads then find nothing old
         kept = self._kept
-        if self._changes != changes() or len(kept) > _MOST_KEPT:
-            self._changes, self._kept = changes(), {}
-            kept = self._kept
         key = task, x.shape, x.dtype, x.device
         call = kept.get(key)
         if key not in kept or (call is not None and not call.is_of(model)):
@@ -52,16 +53,32 @@ class BoundCalls:
 
 
 class BoundCall:
-    """A call for one task and for images of one shape and dtype."""
+    """A call for one task and for images of one shape and dtype.
+
+    run: the network, of images and levels. choose: its selector, of images; None where that is to be called itself.
+    """
 
     def __init__(self, model: FrozenDEN, task: str, run: Bound, choose: Bound | None):
         self._task, self._run, self._choose = task, run, choose
-        self._selector, self._head = model.selector, model.heads[task]
+        self._head, self._selector = model.heads[task], model.selector
+        self._selector_head = getattr(model.selector, "head", None)
         self._blocks, self._levels = model.num_blocks, model.num_levels
 
     def is_of(self, model: FrozenDEN) -> bool:
-        """Whether the model has the selector and the head that this call is made of."""
-        return model.selector is self._selector and model.heads[self._task] is self._head
+        """Whether the model has the parts that this call is made of."""
+        selector = model.selector
+        return (
+            model.heads[self._task] is self._head
+            and selector is self._selector
+            and (self._choose is None or selector.head is self._selector_head)
+        )
+
+    def takes(self, level: LevelLike | None) -> bool:
+        """Whether it serves such levels, None for the selector's."""
+        if level is not None:
+            return type(level) is Tensor or not isinstance(level, Tensor)
+        hooked = self._selector._forward_hooks or self._selector._forward_pre_hooks or _has_any_global_hook()
+        return self._choose is not None and not hooked
 
     def __call__(self, x: Tensor, level: LevelLike | None) -> DENOutput:
         """As `FrozenDEN.forward`, for the task."""
@@ -70,29 +87,24 @@ class BoundCall:
         if level is not None:
             level_NB = check_level(level, x, self._blocks, self._levels, checked_later=True).contiguous()
             return DENOutput(self._run(x, level_NB), level_NB, None)
-        level_probs = self._logits(x).softmax(2, dtype=torch.float32)
+        mask_BL = cast("Tensor | None", self._selector.level_mask)
+        level_probs = mask_levels(cast(Bound, self._choose)(x, None), self._blocks, mask_BL)
+        level_probs = level_probs.softmax(2, dtype=torch.float32)
         level_NB = level_probs.argmax(2)
         return DENOutput(self._run(x, level_NB), level_NB, level_probs)
 
-    def _logits(self, x: Tensor) -> Tensor:
-        selector = self._selector
-        if self._choose is None or selector._forward_hooks or selector._forward_pre_hooks:
-            return selector(x)
-        return mask_levels(self._choose(x, None), self._blocks, cast("Tensor | None", selector.level_mask))
-
 
 def bind_call(model: FrozenDEN, x: Tensor, task: str | None) -> BoundCall | None:
-    """The call for a task and images like x; None where images are converted, or the network is not one chain of blocks
-    that all have levels."""
+    """The call for a task and images like x; None where images are converted first."""
     from den.freeze import FrozenSelector
 
     task = check_task(task, model.tasks)
     check_images(x, model.in_channels, model.device, "this model was frozen for")
-    all_blocks = [list(range(model.num_blocks))]
-    if model.calls is not None or x.dtype != model.dtype or model.trunk.rows != all_blocks:
+    if x.dtype != model.dtype:
         return None
     stride = stem_stride(x.shape[2], x.shape[3], model.base_size)
     run = model.trunk.bind(x, model.set_index[task], stride, model.heads[task])
     if run is None:
         return None
-    return BoundCall(model, task, run, model.selector.bind(x) if isinstance(model.selector, FrozenSelector) else None)
+    # A class of the caller's may do more.
+    return BoundCall(model, task, run, model.selector.bind(x) if type(model.selector) is FrozenSelector else None)

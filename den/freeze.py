@@ -24,7 +24,8 @@ from den.cuda_graph import StaticCalls, check_batches, check_capturable
 from den.estimator import HiddenTail, PoolTail, Stem, Tail, stem_stride
 from den.model import DEN, DENOutput, LevelLike, check_choice, check_images, check_task, check_tasks, choose
 from den.selector import Selector, SelectorBlock, budget_of, mask_levels, read_head, shrink
-from den.trunk import Bound, Trunk, first_conv, last_linear
+from den.trunk import Trunk, first_conv, last_linear
+from den_kernels.fused_chain import Bound
 
 
 def freeze(
@@ -101,7 +102,7 @@ class FrozenDEN(nn.Module):
         )
         self.selector = freeze_selector(model.selector, options)
         self.calls: StaticCalls | None = None  # set by `freeze`: how calls are replayed
-        self._bound = BoundCalls()
+        self._bound = BoundCalls() if self.trunk.binds else None
         # The architecture without its weights, for cost tables; in __dict__ so that it is no part of this module.
         self.__dict__["source"] = _without_weights(model)
         self.eval()
@@ -125,9 +126,10 @@ class FrozenDEN(nn.Module):
         self, x: Tensor, task: str | None = None, level: LevelLike | None = None, budget: Budget | None = None
     ) -> DENOutput:
         """As `DEN.forward`; x may be of any floating-point dtype and layout (channels_last saves a copy)."""
-        bound = self._bound.find(self, x, task) if budget is None else None
-        if bound is not None:
-            return bound(x, level)
+        if self._bound is not None and budget is None and self.calls is None:
+            bound = self._bound.find(self, x, task)
+            if bound is not None and bound.takes(level):
+                return bound(x, level)
         task = check_task(task, self.tasks)
         level_NB, level_probs, logits = self._outputs(x, (task,), level, budget)
         return DENOutput(logits, level_NB, level_probs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,9 @@ from torch.nn import functional as F
 import den_kernels as dk
 from den.blocks.forms import FreezeOptions, fold, register_conv
 from den.estimator import stem_pool
+from den_kernels.fused_chain import Bound
 
 Fused = dk.FusedConv2d | dk.FusedResidualBlock
-Bound = Callable[[Tensor, Tensor | None], Tensor]  # of images and levels
 Plan = dk.LevelPlan | Tensor  # or the levels [N, B] that it is made of
 
 
@@ -108,6 +108,8 @@ class Trunk:
                 self.rows += [[numbers[id(layer)]] if id(layer) in numbers else [] for layer in members]
         self.num_blocks = len(blocks)
         self.takes_levels = len(self.steps) == 1 and isinstance(first, dk.FusedConv2d)
+        # Whether a call needs nothing but images and the levels of all blocks.
+        self.binds = self.takes_levels and self.rows[0] == list(range(self.num_blocks))
 
     def bind(self, x: Tensor, set_index: int, entry_stride: int, head: nn.Module) -> Bound | None:
         """A call for batches like x and a linear layer, as `FusedChain.bind`; None where it is not one chain."""

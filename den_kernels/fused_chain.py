@@ -61,6 +61,7 @@ class FusedChain:
         self._versions: list[int] = []
         self._classes: dict[tuple, tuple[int, ...]] = {}  # by shape and stride
         self._flat: dict[tuple, Flat] = {}
+        self._binds = hasattr(load(self.backend), "bind_chain")
         self._bound: dict[tuple, Bound | None] = {}
 
     def __getstate__(self) -> dict:
@@ -81,7 +82,7 @@ class FusedChain:
         their levels, int64 [N, B]; None where none has. entry_stride: of the first layer, a convolution, in place of
         its own; see `FusedConv2d.forward`. head: what stands behind the pool.
         """
-        if (plan is None or type(plan) is Tensor) and unwatched(x):
+        if self._binds and (plan is None or type(plan) is Tensor) and unwatched(x):
             bound = self.bind(x, set_index, entry_stride, head)
             if bound is not None:
                 return bound(x, plan)
@@ -106,17 +107,20 @@ class FusedChain:
         if key not in kept:
             if len(kept) >= _MOST_BOUND:
                 kept = self._bound = {}
-            bind = getattr(load(self.backend), "bind_chain", None)
-            kept[key] = bind and bind(x, *self._kept(set_index, tuple(x.shape), entry_stride, head))
+            flat = self._kept(set_index, tuple(x.shape), entry_stride, head)
+            kept[key] = load(self.backend).bind_chain(x, *flat) if self._binds else None
         return kept[key]
 
     def _forget_changed(self) -> None:
-        # Another chain's layers change too, but seldom.
-        if changes() == self._changes:
+        count = changes()
+        if count == self._changes:
             return
-        self._changes, versions = changes(), [layer.version for layer in self.layers]
+        # Other chains' layers are counted too.
+        versions = [layer.version for layer in self.layers]
         if versions != self._versions:
-            self._versions, self._classes, self._flat, self._bound = versions, {}, {}, {}
+            self._classes, self._flat, self._bound = {}, {}, {}
+            self._versions = versions
+        self._changes = count  # last: other threads then find nothing old
 
     def _kept(self, set_index: int, shape: tuple[int, ...], entry_stride: int | None, head: FusedLinear | None) -> Flat:
         """`_flatten`, kept for as long as no layer changes: it costs more than the call."""

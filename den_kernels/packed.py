@@ -12,7 +12,7 @@ _changes = 0  # of all layers of this process
 
 
 def changes() -> int:
-    """How often tensors of any layer were replaced: where it is the same as before, none is another."""
+    """Counts `PackedLayer.changed` of all layers: while it stays the same, no layer has reported a change."""
     return _changes
 
 
@@ -38,8 +38,10 @@ class PackedLayer(nn.Module):
         self.version += 1
 
     def _apply(self, fn, recurse=True):
-        self.changed()
-        return super()._apply(fn, recurse)
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            self.changed()
 
     def register_forms(self, name: str, forms: Sequence[Tensor]) -> list[str]:
         """Keep a weight's forms as buffers, and return the buffer's name for each class of batch.

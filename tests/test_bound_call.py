@@ -22,7 +22,7 @@ def same(ours: den.DENOutput, wanted: den.DENOutput) -> None:
 
 
 def is_kept(frozen: den.FrozenDEN) -> bool:
-    return any(call is not None for call in frozen._bound._kept.values())
+    return frozen._bound is not None and any(call is not None for call in frozen._bound._kept.values())
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -76,25 +76,62 @@ def test_what_is_put_in_place_is_used():
     before = frozen(x)
     assert is_kept(frozen)
 
-    seen = []
-    hook = frozen.selector.register_forward_hook(lambda module, args, out: seen.append(out.shape))
-    same(frozen(x), before)
-    hook.remove()
-    assert seen == [(3, frozen.num_blocks, frozen.num_levels)], "hook"
-
     class Least(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(-torch.ones(()))
+
         def forward(self, x):
-            return -torch.arange(frozen.num_levels).expand(len(x), frozen.num_blocks, -1).float()
+            return self.scale * torch.arange(frozen.num_levels).expand(len(x), frozen.num_blocks, -1)
 
     own, frozen.selector = frozen.selector, Least()
-    assert not frozen(x).level.any(), "selector"
+    for _ in range(2):
+        out = frozen(x)
+        assert not out.level.any(), "selector"
+        assert not out.level_probs.requires_grad, "selector"
     frozen.selector = own
+    same(frozen(x), before)
+
+    own, frozen.selector.head = frozen.selector.head, copy.deepcopy(frozen.selector.head)
+    frozen.selector.head.shift[..., :: frozen.num_levels].add_(100)  # of level 0
+    assert not frozen(x).level.any(), "the selector's head"
+    frozen.selector.head = own
     same(frozen(x), before)
 
     (task,) = frozen.heads
     frozen.heads[task] = copy.deepcopy(frozen.heads[task])
     frozen.heads[task].shift.add_(1)
     torch.testing.assert_close(frozen(x).logits, before.logits + 1)
+
+
+def test_hooks_of_the_selector_run():
+    frozen = den.freeze(wrn(), backend="cpu")
+    x = torch.randn(3, *image_shape(wrn))
+    before = frozen(x)
+    seen = []
+    anywhere = torch.nn.modules.module
+    for register in (
+        frozen.selector.register_forward_hook,
+        frozen.selector.register_forward_pre_hook,
+        anywhere.register_module_forward_hook,
+        anywhere.register_module_forward_pre_hook,
+    ):
+        hook = register(lambda module, *_: seen.append(module))
+        same(frozen(x), before)
+        hook.remove()
+        assert frozen.selector in seen, register
+        seen.clear()
+
+
+def test_weights_put_in_place_are_used():
+    frozen = den.freeze(wrn(), backend="cpu")
+    x, level = torch.randn(3, *image_shape(wrn)), [3] * frozen.num_blocks
+    before, logits = frozen(x), frozen(x, level=level).logits
+    zeroed = [frozen.blocks[0], frozen.selector.blocks[0]]
+    for layer in zeroed:
+        layer.move_packed({name: torch.zeros_like(tensor) for name, tensor in layer.packed().items()})
+    assert not torch.equal(frozen(x, level=level).logits, logits)
+    assert not torch.equal(frozen(x).level_probs, before.level_probs)
 
 
 def test_copies_have_calls_of_their_own():

@@ -4,7 +4,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from cpu_cases import Recorder, isas
+from cpu_cases import FunctionRecorder, Recorder, isas
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -132,10 +133,12 @@ def test_batch_mates_and_threads_change_no_bit(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_chain_follows_its_layers(backend):
+@pytest.mark.parametrize("planned", [True, False])
+def test_a_chain_follows_its_layers(backend, planned):
     """Weights moved or replaced after a call are those that the next call reads."""
     chain = make_chain(backend, torch.float32, "mean")
-    x, plan = images(2, torch.float32), dk.plan_levels(torch.full((2, 2), 2), len(WIDTHS))
+    x, level = images(2, torch.float32), torch.full((2, 2), 2)
+    plan = dk.plan_levels(level, len(WIDTHS)) if planned else level
     before = chain(x, plan)
     for layer in chain.layers:
         layer.move_packed({name: torch.zeros_like(tensor) for name, tensor in layer.packed().items()})
@@ -149,6 +152,7 @@ def test_the_operator_left_out_or_not_the_result_is_the_same(dtype, pool):
     for count in (3, 0, 1):
         x, level = images(count, dtype), torch.randint(len(WIDTHS), (count, 2))
         bound = chain(x, level)
+        assert (list(chain._bound.values())[-1] is not None) == (count > 0), f"{count} images"
         with Recorder() as seen:
             watched = chain(x, level)
         assert "den_kernels.residual_chain.default" in seen.names, f"{count} images: {seen.names}"
@@ -171,7 +175,12 @@ def test_whoever_watches_sees_the_operator():
         assert chain(mode.from_tensor(x), level).shape == wanted.shape, "fake"
     subclass = torch.Tensor._make_subclass(type("Sub", (torch.Tensor,), {}), x)
     assert type(chain(subclass, level)) is not torch.Tensor, "subclass"
-    with pytest.raises(RuntimeError):  # no batching rule: an error, never a result of other memory
+    with FunctionRecorder() as functions:
+        chain(x, level)
+    assert any("residual_chain" in name for name in functions.names), "function mode"
+    graph = make_fx(lambda x: chain(x, level), pre_dispatch=True)(x)
+    torch.testing.assert_close(graph(2 * x), chain(2 * x, level), msg="traced before dispatch")
+    with pytest.raises(RuntimeError, match="Batching rule not implemented"):
         torch.vmap(lambda x: chain(x[None], level[:1]))(x)
 
 
@@ -199,7 +208,7 @@ def test_a_chain_serves_several_callers_and_sizes_at_once(isa):
     for i in range(12):
         x = images(1 + i % 3, torch.float32, (9 + i % 4, 8 + i % 2))
         level = torch.randint(len(WIDTHS), (x.shape[0], 2), generator=generator)
-        jobs.append((x, dk.plan_levels(level, len(WIDTHS))))
+        jobs.append((x, level if i % 2 else dk.plan_levels(level, len(WIDTHS))))
     wanted = [make_chain("cpu", torch.float32, "map", max_pool=True)(*job) for job in jobs]
     with ThreadPoolExecutor(4) as pool:
         for got, expected in zip(pool.map(lambda job: chain(*job), jobs * 20), wanted * 20, strict=True):
