@@ -77,25 +77,25 @@ def convolutions(draw):
     }
 
 
-class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+class _Names:
+    """What is called in a mode, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def call(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Recorder(_Names, torch.utils._python_dispatch.TorchDispatchMode):
     """The operators that run in it."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
+    __torch_dispatch__ = _Names.call
 
 
-class FunctionRecorder(torch.overrides.TorchFunctionMode):
+class FunctionRecorder(_Names, torch.overrides.TorchFunctionMode):
     """The functions that are called in it."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
+    __torch_function__ = _Names.call

@@ -18,7 +18,7 @@ from torch import Tensor
 from den_kernels.backends import batch_norm as plain
 from den_kernels.backends import grouped
 from den_kernels.backends.cpu.chains import bind_chain, check_plan, residual_block, residual_chain
-from den_kernels.backends.cpu.native import DTYPES, extension, set_isa, supported_isas, unavailable
+from den_kernels.backends.cpu.native import DTYPES, address, extension, set_isa, supported_isas, unavailable
 from den_kernels.backends.cpu.weights import TILE_BOUNDS, gather, pack_weight, pack_weights
 
 __all__ = [
@@ -57,10 +57,6 @@ def rejects(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in DTYPES:
         return f"backend 'cpu' takes {' and '.join(DTYPES.values())}, got {dtype}"
     return None
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _int32(width: Tensor | None) -> Tensor | None:
@@ -109,11 +105,11 @@ def conv2d(
         DTYPES[x.dtype],
         x_NHWC.data_ptr(),
         weight.data_ptr(),
-        _address(bias),
-        _address(residual),
+        address(bias),
+        address(residual),
         out.data_ptr(),
-        _address(in_width),
-        _address(out_width),
+        address(in_width),
+        address(out_width),
         (N, C, H, W, C_out, groups),
         (*kernel, *stride, *padding, *dilation),
         torch.get_num_threads(),
@@ -170,11 +166,11 @@ def conv2d_backward(
         grad.data_ptr(),
         x.data_ptr(),
         weight.data_ptr(),
-        _address(dx),
-        _address(dweight),
-        _address(dbias),
-        _address(in_width),
-        _address(out_width),
+        address(dx),
+        address(dweight),
+        address(dbias),
+        address(in_width),
+        address(out_width),
         (N, C, H, W, C_out, groups),
         (*kernel, *stride, *padding, *dilation),
         torch.get_num_threads(),
@@ -247,7 +243,7 @@ class _Norm:
             *(None if t is None else t.contiguous() for t in (weight, bias, mean, var, count)),
         )
         sizes = (N, C, H * W, mean.shape[0])
-        self.arguments = ([_address(t) for t in self.tensors], sizes, eps, relu, torch.get_num_threads())
+        self.arguments = ([address(t) for t in self.tensors], sizes, eps, relu, torch.get_num_threads())
 
 
 def plan_levels(level_NB: Tensor, num_levels: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -289,7 +285,7 @@ def fused_conv2d(
         tensors = (x, out, level, order, in_widths, out_widths, weight, scale, shift)
         extension().fused_conv2d(
             DTYPES[x.dtype],
-            [_address(t) for t in tensors],
+            [address(t) for t in tensors],
             (N, C, H, W, out.shape[1], scale.shape[0], kernel_size, stride, groups),
             weight.numel(),
             relu,

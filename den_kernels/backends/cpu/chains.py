@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from den_kernels.backends.cpu.native import DTYPES, extension
+from den_kernels.backends.cpu.native import DTYPES, address, extension
 from den_kernels.block import BlockArguments
 from den_kernels.chain import empty_output, flatten, read_spec
 
@@ -56,7 +56,7 @@ def residual_chain(
         x = x.contiguous(memory_format=torch.channels_last)
     in_layout = out.dim() == 2 or out.is_contiguous(memory_format=torch.channels_last)
     written = out if in_layout else torch.empty_like(out, memory_format=torch.channels_last)
-    chain.run(x.data_ptr(), written.data_ptr(), _address(level), _address(order), (N, C, H, W), torch.get_num_threads())
+    chain.run(x.data_ptr(), written.data_ptr(), address(level), address(order), (N, C, H, W), torch.get_num_threads())
     if not in_layout:
         out.copy_(written)
 
@@ -88,8 +88,8 @@ class BoundChain:
     def __call__(self, x: Tensor, level: Tensor | None) -> Tensor:
         """x of the shape and dtype, level int64 [N, B] or None -> the chain's result. Raises ValueError as
         `residual_chain` does."""
-        for tensor, address in self._places:
-            if tensor.data_ptr() != address:
+        for tensor, place in self._places:
+            if tensor.data_ptr() != place:
                 self._bind()
                 break
         if level is not None or self._levels[1]:
@@ -97,7 +97,7 @@ class BoundChain:
         if not x.is_contiguous(memory_format=torch.channels_last):
             x = x.contiguous(memory_format=torch.channels_last)
         out = self._empty_output()
-        self._chain.run(x.data_ptr(), out.data_ptr(), _address(level), 0, self._sizes, torch.get_num_threads())
+        self._chain.run(x.data_ptr(), out.data_ptr(), address(level), 0, self._sizes, torch.get_num_threads())
         return out
 
 
@@ -139,10 +139,6 @@ def _check_levels(level: Tensor | None, shape: tuple[int, int]) -> None:
             f"level is {given}; without an order it must be contiguous torch.int64 of shape {shape}, samples by "
             "blocks, on a CPU"
         )
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 @functools.lru_cache(maxsize=256)

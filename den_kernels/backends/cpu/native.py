@@ -7,6 +7,7 @@ import importlib
 from types import ModuleType
 
 import torch  # before the extension: torch brings the OpenMP library that both must share
+from torch import Tensor
 
 
 @functools.lru_cache(maxsize=1)
@@ -37,6 +38,11 @@ def extension() -> ModuleType:
     if module is None:
         raise RuntimeError(f"backend 'cpu' is not available: {reason}")
     return module
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor's first element lies, as the extension takes it; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 # By the names that the extension knows them by.
