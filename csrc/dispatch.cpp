@@ -29,7 +29,12 @@ std::vector<Isa> detect() {
 #if defined(DEN_X86)
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl");
-    if (avx512 && __builtin_cpu_supports("avx512bf16"))
+#if defined(DEN_EMULATE_AVX512_BF16)
+    const bool avx512_bf16 = avx512;
+#else
+    const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+    if (avx512_bf16)
         found.push_back({"avx512_bf16", kernels_float_avx512, kernels_bf16_avx512_bf16, training_avx512});
     if (avx512) found.push_back({"avx512", kernels_float_avx512, kernels_bf16_avx512, training_avx512});
     if (avx2) found.push_back({"avx2", kernels_float_avx2, kernels_bf16_avx2, training_avx2});
