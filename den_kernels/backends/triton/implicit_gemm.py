@@ -33,10 +33,28 @@ def corner(row_M, out_w, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: 
 
 
 @triton.jit
+def taps_inside(
+    top_M, left_M, row_ok_M, in_h, in_w, taps_h, taps_w, step_h, step_w, MOST_H: tl.constexpr, MOST_W: tl.constexpr
+):
+    """Bit i * taps_w + j of each row: whether it exists and its tap (i, j) is inside the map. At most 31 taps."""
+    columns_M = tl.zeros_like(left_M)
+    for j in tl.static_range(MOST_W):
+        x_M = left_M + j * step_w
+        columns_M |= tl.where((j < taps_w) & (x_M >= 0) & (x_M < in_w), 1 << j, 0)
+    columns_M = tl.where(row_ok_M, columns_M, 0)
+    bits_M = tl.zeros_like(top_M)
+    for i in tl.static_range(MOST_H):
+        y_M = top_M + i * step_h
+        bits_M |= tl.where((i < taps_h) & (y_M >= 0) & (y_M < in_h), columns_M << (i * taps_w), 0)
+    return bits_M
+
+
+@triton.jit
 def filter_tile(
     weight_ptr,
     tap,
-    c_K,
+    first_c,
+    k,
     bound,
     col_N,
     local_N,
@@ -48,33 +66,40 @@ def filter_tile(
     SPAN: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
-    """Weights [K, N] of one tap, of [O, FILTER taps, group_in]; 0 beyond the bound and off the diagonal of a span.
+    """Weights [K, N] of one tap and the channels first_c + k, of [O, FILTER taps, group_in]; 0 beyond the bound and off
+    the diagonal of a span.
 
     The reduction runs over a filter's inputs, or (TRANSPOSED) over the filters, `first_filter` being the chunk's first:
     the columns are then input channels. Either way the innermost dimension of the tile is that of the memory.
     """
+    # What changes from step to step is a scalar: the offsets of the tile are worked out once.
+    ok_K = k < bound - first_c
     if TRANSPOSED:
-        in_KN = local_N[None, :]
-        ok_KN = col_ok_N[None, :] & (c_K < bound)[:, None]
+        filter_size = FILTER * group_in
+        place_KN = (k * filter_size)[:, None] + local_N[None, :]
+        ok_KN = ok_K[:, None] & col_ok_N[None, :]
         if SPAN > 1:
-            in_KN = in_KN - ((c_K // group_out) * group_in)[:, None]
+            diagonal_K = ((first_c + k) // group_out) * group_in
+            place_KN -= diagonal_K[:, None]
+            in_KN = local_N[None, :] - diagonal_K[:, None]
             ok_KN = ok_KN & (in_KN >= 0) & (in_KN < group_in)
-        filter_K = (first_filter + c_K) * (FILTER * group_in) + tap * group_in
-        return tl.load(weight_ptr + filter_K[:, None] + in_KN, mask=ok_KN, other=0.0)
+        step = (first_filter + first_c) * filter_size + tap * group_in
+        return tl.load(weight_ptr + (place_KN + step), mask=ok_KN, other=0.0)
     else:
-        in_NK = c_K[None, :]
-        ok_NK = col_ok_N[:, None] & (c_K < bound)[None, :]
+        place_NK = (col_N * (FILTER * group_in))[:, None] + k[None, :]
+        ok_NK = col_ok_N[:, None] & ok_K[None, :]
         if SPAN > 1:
-            in_NK = in_NK - ((local_N // group_out) * group_in)[:, None]
+            diagonal_N = (local_N // group_out) * group_in
+            place_NK -= diagonal_N[:, None]
+            in_NK = (first_c + k)[None, :] - diagonal_N[:, None]
             ok_NK = ok_NK & (in_NK >= 0) & (in_NK < group_in)
-        filter_N = col_N * (FILTER * group_in)
-        return tl.trans(tl.load(weight_ptr + filter_N[:, None] + (tap * group_in + in_NK), mask=ok_NK, other=0.0))
+        return tl.trans(tl.load(weight_ptr + (place_NK + (tap * group_in + first_c)), mask=ok_NK, other=0.0))
 
 
 @triton.jit
 def accumulate(
     x_ptr,  # first channel of the chunk, at pixel (0, 0) of the sample
-    weight_ptr,  # [O, FILTER taps, group_in]
+    weight_ptr,  # [O, FILTER_H * FILTER_W taps, group_in]
     pre_scale_ptr,  # float32, first channel of the chunk; None without pre-activation
     pre_shift_ptr,
     top_M,  # the source pixel that the first tap reads for each row, and whether the row exists
@@ -99,7 +124,8 @@ def accumulate(
     tap_step_w,
     split,  # of the steps of the reduction, this part of SPLITS
     SPLITS: tl.constexpr,
-    FILTER: tl.constexpr,
+    FILTER_H: tl.constexpr,
+    FILTER_W: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     SPAN: tl.constexpr,
     GRANULE: tl.constexpr,
@@ -116,53 +142,71 @@ def accumulate(
     of a block guarantees it), or EXACT must be set: it zeroes the activations in registers, whatever they hold. Weights
     between the limit and the next multiple of GRANULE meet those zeros, so they must be finite.
     """
-    origin_M = (top_M * in_w + left_M) * in_stride
     k = tl.arange(0, BLOCK_K)
     bound = ((limit + GRANULE - 1) // GRANULE) * GRANULE
-    blocks = (limit + BLOCK_K - 1) // BLOCK_K
+    taps = taps_h * taps_w
     first = 0
-    last = taps_h * taps_w * blocks
+    last = taps * ((limit + BLOCK_K - 1) // BLOCK_K)
     if SPLITS > 1:
         share = (last + SPLITS - 1) // SPLITS
         first = split * share
         last = tl.minimum(first + share, last)
+    source_MK = x_ptr + (((top_M * in_w + left_M) * in_stride)[:, None] + k[None, :])
+    # One bit a tap, if they fit: then a step tests that bit, whatever the shape of the kernel.
+    BITS: tl.constexpr = FILTER_H * FILTER_W < 32
+    if BITS:
+        inside_M = taps_inside(top_M, left_M, row_ok_M, in_h, in_w, taps_h, taps_w, step_h, step_w, FILTER_H, FILTER_W)
     acc_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    # One flat loop, because only an innermost loop is software-pipelined. `blocks` is 0 only when the loop is empty.
-    for step in range(first, last):
-        tap = step // blocks
-        c_K = (step - tap * blocks) * BLOCK_K + k
-        kh = tap // taps_w
-        kw = tap - kh * taps_w
-        y_M = top_M + kh * step_h
-        x_M = left_M + kw * step_w
-        inside_M = row_ok_M & (y_M >= 0) & (y_M < in_h) & (x_M >= 0) & (x_M < in_w)
-        ok_MK = inside_M[:, None] & (c_K < bound)[None, :]
-        shift_M = origin_M + (kh * step_h * in_w + kw * step_w) * in_stride
-        x_MK = tl.load(x_ptr + shift_M[:, None] + c_K[None, :], mask=ok_MK, other=0.0)
-        if pre_scale_ptr is not None:
-            # The padding is zero after the activation, so the mask is applied again.
-            scale_K = tl.load(pre_scale_ptr + c_K, mask=c_K < bound, other=0.0)
-            offset_K = tl.load(pre_shift_ptr + c_K, mask=c_K < bound, other=0.0)
-            active_MK = relu(x_MK.to(tl.float32) * scale_K[None, :] + offset_K[None, :])
-            x_MK = tl.where(ok_MK, active_MK, 0.0).to(x_MK.dtype)
-        if EXACT:
-            x_MK = tl.where((c_K < limit)[None, :], x_MK, 0.0)
-        w_KN = filter_tile(
-            weight_ptr,
-            first_tap + kh * tap_step_h + kw * tap_step_w,
-            c_K,
-            bound,
-            col_N,
-            local_N,
-            col_ok_N,
-            first_filter,
-            group_in,
-            group_out,
-            FILTER,
-            SPAN,
-            TRANSPOSED,
-        )
-        acc_MN = tl.dot(x_MK, w_KN, acc_MN, input_precision=PRECISION)
+    # Values go from memory to shared memory past the registers, but for channels that a limit cuts inside a GRANULE:
+    # those, the last BLOCK_K, take a loop of their own.
+    CUT: tl.constexpr = EXACT and GRANULE > 1
+    whole = last
+    if CUT:
+        whole = tl.where(limit % GRANULE == 0, last, tl.minimum(taps * (limit // BLOCK_K), last))
+    for cut in tl.static_range(2 if CUT else 1):
+        # One flat loop, because only an innermost loop is software-pipelined. Taps vary fastest: what one reads of a map
+        # the next ones read again, soon enough to find it in the first cache. `taps` is 0 only when the loop is empty.
+        for step in range(whole if cut else first, last if cut else whole):
+            block = step // taps
+            tap = step - block * taps
+            first_c = block * BLOCK_K
+            kh = tap // taps_w
+            kw = tap - kh * taps_w
+            ok_K = k < bound - first_c
+            if BITS:
+                ok_MK = (inside_M[:, None] & tl.where(ok_K, 1 << tap, 0)[None, :]) != 0
+            else:
+                y_M = top_M + kh * step_h
+                x_M = left_M + kw * step_w
+                ok_M = row_ok_M & (y_M >= 0) & (y_M < in_h) & (x_M >= 0) & (x_M < in_w)
+                ok_MK = ok_M[:, None] & ok_K[None, :]
+            move = (kh * step_h * in_w + kw * step_w) * in_stride + first_c
+            x_MK = tl.load(source_MK + move, mask=ok_MK, other=0.0, cache_modifier=".ca")
+            if pre_scale_ptr is not None:
+                # The padding is zero after the activation, so the mask is applied again.
+                scale_K = tl.load(pre_scale_ptr + first_c + k, mask=ok_K, other=0.0)
+                offset_K = tl.load(pre_shift_ptr + first_c + k, mask=ok_K, other=0.0)
+                active_MK = relu(x_MK.to(tl.float32) * scale_K[None, :] + offset_K[None, :])
+                x_MK = tl.where(ok_MK, active_MK, 0.0).to(x_MK.dtype)
+            if cut:
+                x_MK = tl.where((k < limit - first_c)[None, :], x_MK, 0.0)
+            w_KN = filter_tile(
+                weight_ptr,
+                first_tap + kh * tap_step_h + kw * tap_step_w,
+                first_c,
+                k,
+                bound,
+                col_N,
+                local_N,
+                col_ok_N,
+                first_filter,
+                group_in,
+                group_out,
+                FILTER_H * FILTER_W,
+                SPAN,
+                TRANSPOSED,
+            )
+            acc_MN = tl.dot(x_MK, w_KN, acc_MN, input_precision=PRECISION)
     return acc_MN
 
 
@@ -231,7 +275,8 @@ def accumulate_forward(
         1,
         split,
         SPLITS,
-        KERNEL_H * KERNEL_W,
+        KERNEL_H,
+        KERNEL_W,
         False,
         SPAN,
         GRANULE,
