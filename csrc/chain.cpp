@@ -109,8 +109,11 @@ bool SizedLayers<T>::made_for(const SizedLayers& other) const {
 Chain::Chain(const std::string& dtype, const Addresses& addresses, const std::vector<std::int64_t>& spec)
     : dtype_(dtype), pooled_(spec.at(0)) {
     const int* widths = at<const int>(addresses.at(0));
-    const float* tables = at<const float>(addresses.at(1));
+    const float* norms = at<const float>(addresses.at(1));  // those in front of layers come before all other tables
+    const float* tables = norms;
     std::size_t weight = 2, s = kHeader;
+    for (std::size_t l = s; l < spec.size(); l += kLayer + kConvolution * spec[l])
+        if (spec[l + 5]) tables += 2 * spec[l + 1];
     const auto take = [&](std::size_t floats) { return std::exchange(tables, tables + floats); };
     while (s < spec.size()) {
         const int convs = int(spec[s]), in_channels = int(spec[s + 1]), hidden = int(spec[s + 2]);
@@ -131,7 +134,10 @@ Chain::Chain(const std::string& dtype, const Addresses& addresses, const std::ve
         }
         for (BlockConv& conv : layer.convs) conv.scale = take(std::size_t(levels) * conv.out_channels);
         for (BlockConv& conv : layer.convs) conv.shift = take(std::size_t(levels) * conv.out_channels);
-        if (pre) layer.pre_scale = take(in_channels), layer.pre_shift = take(in_channels);
+        if (pre) {
+            layer.pre_scale = std::exchange(norms, norms + in_channels);
+            layer.pre_shift = std::exchange(norms, norms + in_channels);
+        }
         if (projection) {
             layer.projection = {at<const void>(addresses.at(weight++)), nullptr, nullptr, out_channels, 1, 1, 1, 0};
             layer.projection.scale = take(std::size_t(levels) * out_channels);

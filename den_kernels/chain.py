@@ -60,11 +60,12 @@ def flatten(
     whether it has a norm, and whether the last layer is the one behind it; then of each layer: convolutions k, input,
     hidden and output channels, levels, whether there is a norm in front, a ReLU behind, a projection, a shortcut (or
     the layer is a convolution), and a max pool behind, then k each of kernel sizes, strides, groups and the numbers
-    of packed weights. The tensors: all widths; all tables, of each layer k scales and k shifts, the norm in front,
-    the scale and shift of the projection, and last those of the pool; then each layer's weights, that of the
-    projection last.
+    of packed weights. The tensors: all widths; all tables, first the norms in front of layers, then of each layer k
+    scales and k shifts, the scale and shift of the projection, and last those of the pool; then each layer's weights,
+    that of the projection last.
     """
     widths: list[Tensor] = []
+    norms: list[Tensor] = []
     tables: list[Tensor] = []
     weights: list[Tensor] = []
     if head is not None and pool is None:
@@ -77,7 +78,7 @@ def flatten(
         tables += (*block.scale, *block.shift)
         pre = block.pre_scale is not None and block.pre_shift is not None
         if block.pre_scale is not None and block.pre_shift is not None:
-            tables += (block.pre_scale, block.pre_shift)
+            norms += (block.pre_scale, block.pre_shift)
         tables += block.projection[1:]
         weights += (*block.weight, *block.projection[:1])
         levels, hidden = block.scale[0].shape
@@ -87,7 +88,8 @@ def flatten(
         spec += (int(part) for part in (pre, block.relu, len(block.projection) > 0, shortcut, max_pool))
         spec += (*block.kernel_size, *block.stride, *block.groups, *(w.numel() for w in block.weight))
     tables += pool or ()
-    return [torch.cat(widths), torch.cat([table.flatten() for table in tables]), *weights], " ".join(map(str, spec))
+    all_tables = torch.cat([table.flatten() for table in (*norms, *tables)])
+    return [torch.cat(widths), all_tables, *weights], " ".join(map(str, spec))
 
 
 def _as_block(conv: ConvArguments) -> BlockArguments:
@@ -115,17 +117,23 @@ def unflatten(tensors: Sequence[Tensor], spec: str) -> Flattened:
     """What `flatten` was given, as views of its tensors."""
     all_widths, all_tables, *weights = tensors
     layers: list[Layer] = []
-    w = width = table = 0
+    w = width = norm_table = 0
+    table = sum(2 * inside for _, inside, *_ in _layers(read_spec(spec)))
 
     def take(*shape: int) -> Tensor:
         nonlocal table
         start, table = table, table + math.prod(shape)
         return all_tables[start:table].view(shape)
 
+    def take_norm(channels: int) -> Tensor:
+        nonlocal norm_table
+        start, norm_table = norm_table, norm_table + channels
+        return all_tables[start:norm_table]
+
     for k, inside, hidden, outside, levels, pre, relu, projected, shortcut, max_pool, *of in _layers(read_spec(spec)):
         outputs = [hidden] * (k - 1) + [outside]
         scale, shift = ([take(levels, channels) for channels in outputs] for _ in range(2))
-        norm = [take(inside) if pre else None for _ in range(2)]
+        norm = [take_norm(inside) if pre else None for _ in range(2)]
         projection = [weights[w + k], take(levels, outside), take(levels, outside)] if projected else []
         kernel_size, stride, groups = (of[i * k : (i + 1) * k] for i in range(3))
         if shortcut:
@@ -200,12 +208,36 @@ def as_pixels(features: Tensor) -> Tensor:
     return features.view(1, 1, *features.shape).permute(0, 3, 1, 2)
 
 
-def one_by_one(residual_block: Callable[..., None], fused_conv2d: Callable[..., None]) -> Callable[..., None]:
+class Step(NamedTuple):
+    """A layer of a chain, and its level [N], order [N] and count [L]."""
+
+    plan: tuple[Tensor, Tensor, Tensor]
+    layer: Layer
+
+
+# Runs a block from x to y, given the steps behind it; what it returns is given to the block that comes next, if one does.
+RunBlock = Callable[[Tensor, Tensor, Step, Sequence[Step], Tensor | None], Tensor | None]
+
+
+def alone(residual_block: Callable[..., None]) -> RunBlock:
+    """A block by a backend's operator, whatever stands around it."""
+
+    def run(x: Tensor, y: Tensor, step: Step, behind: Sequence[Step], handed: Tensor | None) -> None:
+        residual_block(x, y, *step.plan, *step.layer)
+
+    return run
+
+
+def one_by_one(run_block: RunBlock, fused_conv2d: Callable[..., None]) -> Callable[..., None]:
     """A backend's `residual_chain`, a chain in one call, from what it runs a layer with."""
 
     def residual_chain(x: Tensor, out: Tensor, level, order, count, tensors, spec: str) -> None:
         layers, pool, head = unflatten(tensors, spec)
-        for i, (plan, layer) in enumerate(zip(plan_rows(layers, x.shape[0], level, order, count), layers, strict=True)):
+        plan = plan_rows(layers, x.shape[0], level, order, count)
+        steps = [Step(row, layer) for row, layer in zip(plan, layers, strict=True)]
+        handed = None
+        for i, step in enumerate(steps):
+            layer = step.layer
             channels, stride = layer.output
             pools = isinstance(layer, ConvArguments) and layer.max_pool
             shape = output_shape(x.shape, channels, (stride // 2 if pools else stride,))
@@ -217,9 +249,10 @@ def one_by_one(residual_block: Callable[..., None], fused_conv2d: Callable[..., 
             else:
                 y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
             if isinstance(layer, BlockArguments):
-                residual_block(x, y, *plan, *layer)
+                handed = run_block(x, y, step, steps[i + 1 :], handed)
             else:
-                fused_conv2d(x, y, *plan[:2], None, None, *layer[:-1])
+                handed = None
+                fused_conv2d(x, y, *step.plan[:2], None, None, *layer[:-1])
             x = F.max_pool2d(y, 3, 2, 1) if pools else y
         if pool is not None and head is not None:
             only = torch.zeros(1, dtype=torch.int32, device=x.device)

@@ -21,7 +21,7 @@ from torch import Tensor
 from den_kernels import reference
 from den_kernels.backends.checks import check_widths
 from den_kernels.block import at_levels, unmoved
-from den_kernels.chain import one_by_one
+from den_kernels.chain import alone, one_by_one
 
 NAME = "grouped"
 TILE_BOUNDS = ()
@@ -239,5 +239,5 @@ def residual_block(
     out.copy_(torch.where((width > 0).view(-1, 1, 1, 1), result, residual))
 
 
-residual_chain = one_by_one(residual_block, fused_conv2d)
+residual_chain = one_by_one(alone(residual_block), fused_conv2d)
 gather = unmoved
