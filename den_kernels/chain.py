@@ -215,7 +215,7 @@ class Step(NamedTuple):
     layer: Layer
 
 
-# Runs a block from x to y, given the steps behind it; what it returns is given to the block that comes next, if one does.
+# Runs a block from x to y, given the steps behind it; what it returns is given to the block that comes next, if any.
 RunBlock = Callable[[Tensor, Tensor, Step, Sequence[Step], Tensor | None], Tensor | None]
 
 

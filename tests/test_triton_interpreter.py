@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-CASES = ("triton_interpreter_cases", "triton_training_cases", "triton_device_cases", "triton_tune_cases")
+CASES = tuple(f"triton_{part}_cases" for part in ("interpreter", "training", "chain", "device", "tune"))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

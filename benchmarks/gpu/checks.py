@@ -23,7 +23,7 @@ from benchmarks.gpu import processes
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.results import ROOT
 
-FILES = tuple(f"tests/triton_{part}_cases.py" for part in ("device", "interpreter", "training"))
+FILES = tuple(f"tests/triton_{part}_cases.py" for part in ("device", "interpreter", "training", "chain"))
 PYTEST = (sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider")
 # A few small cases, for a tool that slows a kernel down some hundred times.
 SMALL = (

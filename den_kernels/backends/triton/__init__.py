@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import torch
 
 from den_kernels.backends import batch_norm as plain_batch_norm
+from den_kernels.backends.triton.chain import Readers, handing_on
 from den_kernels.block import at_levels, unmoved
-from den_kernels.chain import one_by_one
 
 NAME = "triton"
 TILE_BOUNDS = ()
@@ -297,32 +297,22 @@ def _from_ohwi(weight: torch.Tensor) -> torch.Tensor:
     return weight.permute(0, 3, 1, 2) if weight.dim() == 4 else weight
 
 
-def residual_block(
-    x: torch.Tensor,
-    out: torch.Tensor,
-    level: torch.Tensor,
-    order: torch.Tensor,
-    count: torch.Tensor,
-    widths: torch.Tensor,
-    weight: Sequence[torch.Tensor],
-    scale: Sequence[torch.Tensor],
-    shift: Sequence[torch.Tensor],
-    pre_scale: torch.Tensor | None,
-    pre_shift: torch.Tensor | None,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    groups: Sequence[int],
-    projection: Sequence[torch.Tensor],
-    relu: bool,
-) -> None:
+def residual_block(x: torch.Tensor, out: torch.Tensor, *arguments) -> None:
     """Write the fused block of ``x`` to ``out``, which may be ``x`` when the shapes agree.
 
-    ``weight`` comes from `pack_weight`. The convolutions read levels from ``order`` and ``count`` (from `plan`), which
-    say the same as ``level`` with fewer dependent loads.
+    arguments: level, order and count of the plan, then those of a `BlockArguments` with weights from `pack_weight`. The
+    convolutions read levels from ``order`` and ``count``, which say the same as ``level`` with fewer dependent loads.
 
     Raises:
         ValueError: ``x`` or ``out`` is not channels_last.
     """
+    _run_block(x, out, None, None, *arguments)
+
+
+def _run_block(
+    x: torch.Tensor, out: torch.Tensor, activated: torch.Tensor | None, readers: Readers | None, *arguments
+) -> None:
+    """`residual_block` that reads ``activated`` and hands on to ``readers``; see `chain`."""
     from den_kernels.backends.triton import block, launch
 
     for name, tensor in (("x", x), ("out", out)):
@@ -333,28 +323,10 @@ def residual_block(
             )
     if out.numel() == 0:
         return
-    planned = block.plan_block(
-        x,
-        out,
-        level,
-        order,
-        count,
-        widths,
-        weight,
-        scale,
-        shift,
-        pre_scale,
-        pre_shift,
-        kernel_size,
-        stride,
-        groups,
-        projection,
-        relu,
-        in_place=out.data_ptr() == x.data_ptr(),
-    )
-    for one in planned:
+    in_place = out.data_ptr() == x.data_ptr()
+    for one in block.plan_block(x, out, *arguments, in_place=in_place, activated=activated, readers=readers):
         launch.run(one, x.device)
 
 
-residual_chain = one_by_one(residual_block, fused_conv2d)
+residual_chain = handing_on(_run_block, fused_conv2d)
 gather = unmoved

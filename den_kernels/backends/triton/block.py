@@ -28,6 +28,7 @@ import torch
 
 from den_kernels.backends.triton import configs
 from den_kernels.backends.triton.block_kernels import hidden_kernel, last_kernel
+from den_kernels.backends.triton.chain import Readers
 from den_kernels.backends.triton.conv import empty_map, output_size
 from den_kernels.backends.triton.launch import Launch, check_indexable, dot_precision, multiprocessors
 from den_kernels.backends.triton.projection import plan_projection
@@ -52,8 +53,13 @@ def plan_block(
     projection: Sequence[torch.Tensor],
     relu: bool,
     in_place: bool,
+    activated: torch.Tensor | None = None,
+    readers: Readers | None = None,
 ) -> list[Launch]:
-    """The launches of one block, in order; ``x`` and ``out`` are channels_last and not empty."""
+    """The launches of one block, in order; ``x`` and ``out`` are channels_last and not empty.
+
+    activated: relu(pre(x)), which is then read in place of x by the first convolution. readers: see `chain`.
+    """
     precision = dot_precision(x.dtype)
     samples = x.shape[0]
     launches: list[Launch] = []
@@ -67,6 +73,8 @@ def plan_block(
         )
         in_place = not in_place
     source = x
+    if activated is not None:
+        source, pre_scale, pre_shift = activated, None, None
     padded_in = True  # whether what `source` holds beyond a width, up to the next multiple of 16, is zero
     last = len(weight_OHWI) - 1
     for i, weight in enumerate(weight_OHWI):
@@ -159,7 +167,20 @@ def plan_block(
                 "x_h": residual.shape[2],
                 "x_w": residual.shape[3],
             }
-            constants |= {"IN_PLACE": in_place, "POOL": pooling, "RELU": relu}
+            arguments |= {
+                "activated_ptr": None if readers is None else readers.activated,
+                "reader_level_ptr": None if readers is None else readers.level,
+                "reader_widths_ptr": None if readers is None else readers.widths,
+                "reader_norm_ptr": None if readers is None else readers.norm,
+                "readers": 0 if readers is None else readers.count,
+            }
+            constants |= {
+                "IN_PLACE": in_place,
+                "FRESH": readers is not None and readers.fresh,
+                "READER_LEVELS": 1 if readers is None else readers.levels,
+                "POOL": pooling,
+                "RELU": relu,
+            }
         kernel_fn = hidden_kernel if i < last else last_kernel
         launches.append(Launch(kernel_fn, programs * splits, arguments, constants, tile))
         if splits > 1:

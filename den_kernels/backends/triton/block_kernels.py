@@ -12,8 +12,8 @@ import triton.language as tl
 from den_kernels.backends.triton.implicit_gemm import accumulate_forward, clamp_width, relu
 
 # Not worth a compilation for each value: the batch size, and whether a row of the plan happens to be aligned.
-_VARYING = ["samples", "tiles_m", "tiles_n"]
-_ROWS = ["order_ptr", "count_ptr", "widths_ptr"]
+_VARYING = ["samples", "tiles_m", "tiles_n", "readers"]
+_ROWS = ["order_ptr", "count_ptr", "widths_ptr", "reader_level_ptr", "reader_widths_ptr"]
 
 
 @triton.jit
@@ -78,6 +78,27 @@ def sum_of_parts(
         part_MN = part_offset(split, slot, samples, out_pixels, out_channels, row_M, col_N)
         acc_MN += tl.load(workspace_ptr + part_MN, mask=ok_MN, other=0.0)
     return acc_MN
+
+
+@triton.jit
+def next_reader(level_ptr, widths_ptr, sample, samples, readers, LEVELS: tl.constexpr):
+    """The first of the blocks behind this one at which a sample has channels; `readers` where there is none."""
+    found = readers
+    for i in tl.range(readers, num_stages=1):
+        reader = readers - 1 - i
+        level = clamp_width(tl.load(level_ptr + reader * samples + sample), LEVELS - 1)
+        found = tl.where(tl.load(widths_ptr + reader * LEVELS + level) > 0, reader, found)
+    return found
+
+
+@triton.jit
+def store_activated(y_MN, activated_MN, norm_ptr, reader, out_channels, col_N, col_ok_N, ok_MN):
+    """relu(scale * y + shift) of the block that reads y, at the pointers `activated_MN`."""
+    norm_ptr += reader * (2 * out_channels)
+    scale_N = tl.load(norm_ptr + col_N, mask=col_ok_N, other=0.0)
+    shift_N = tl.load(norm_ptr + out_channels + col_N, mask=col_ok_N, other=0.0)
+    value_MN = relu(y_MN.to(tl.float32) * scale_N[None, :] + shift_N[None, :])
+    tl.store(activated_MN, value_MN.to(y_MN.dtype), mask=ok_MN)
 
 
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_ROWS)
@@ -211,8 +232,13 @@ def last_kernel(
     widths_ptr,
     x_ptr,  # [N, x_h, x_w, x_channels], the block's input; may be out_ptr
     out_ptr,  # [N, out_h, out_w, O]
+    activated_ptr,  # like out_ptr, what its readers convolve; None when nothing is handed on
+    reader_level_ptr,  # [readers, N] int32
+    reader_widths_ptr,  # [readers, READER_LEVELS] int32
+    reader_norm_ptr,  # [readers, 2, O] float32
     workspace_ptr,  # [parts, N, out_h, out_w, out_channels] float32, by slot; None when not split
     samples,
+    readers,
     hidden_channels,
     out_channels,
     in_h,
@@ -230,6 +256,8 @@ def last_kernel(
     PARTS: tl.constexpr,  # of the reduction, in this launch
     SUM_OF: tl.constexpr,  # parts that this launch adds; 0 for one that multiplies
     IN_PLACE: tl.constexpr,
+    FRESH: tl.constexpr,  # samples at level 0 are activated too
+    READER_LEVELS: tl.constexpr,
     POOL: tl.constexpr,
     RELU: tl.constexpr,
     KERNEL: tl.constexpr,
@@ -251,7 +279,8 @@ def last_kernel(
 
     level = slot_level(count_ptr, slot, LEVELS)
     width = clamp_width(tl.load(widths_ptr + level), hidden_channels)
-    if IN_PLACE:  # noqa: SIM102 - the outer condition is known at compile time
+    ACTIVATES: tl.constexpr = activated_ptr is not None
+    if IN_PLACE and not (ACTIVATES and FRESH):  # noqa: SIM102 - the outer condition is known at compile time
         if width == 0:
             return
 
@@ -262,14 +291,24 @@ def last_kernel(
     col_ok_N = local_N < SPAN * group_out
     ok_MN = (row_M < out_pixels)[:, None] & col_ok_N[None, :]
     x_ptr += sample * (x_h * x_w * x_channels)
-    out_MN = out_ptr + sample * (out_pixels * out_channels) + row_M[:, None] * out_channels + col_N[None, :]
+    place_MN = sample * (out_pixels * out_channels) + row_M[:, None] * out_channels + col_N[None, :]
+    out_MN = out_ptr + place_MN
+    if ACTIVATES:
+        reader = next_reader(reader_level_ptr, reader_widths_ptr, sample, samples, readers, READER_LEVELS)
 
-    if not IN_PLACE:  # noqa: SIM102
+    if not IN_PLACE or (ACTIVATES and FRESH):  # noqa: SIM102
         if width == 0:
             if PARTS > 1:  # the last launch copies it
                 return
             same_MN = shortcut(x_ptr, row_M, col_N, ok_MN, out_w, x_h, x_w, x_channels, POOL)
-            tl.store(out_MN, same_MN.to(out_ptr.dtype.element_ty), mask=ok_MN)
+            same_MN = same_MN.to(out_ptr.dtype.element_ty)
+            if not IN_PLACE:
+                tl.store(out_MN, same_MN, mask=ok_MN)
+            if ACTIVATES:  # noqa: SIM102
+                if reader < readers:
+                    store_activated(
+                        same_MN, activated_ptr + place_MN, reader_norm_ptr, reader, out_channels, col_N, col_ok_N, ok_MN
+                    )
             return
 
     if SUM_OF > 0:
@@ -324,4 +363,10 @@ def last_kernel(
     acc_MN = same_MN + (acc_MN * scale_N[None, :] + shift_N[None, :])
     if RELU:
         acc_MN = relu(acc_MN)
-    tl.store(out_MN, acc_MN.to(out_ptr.dtype.element_ty), mask=ok_MN)
+    out = acc_MN.to(out_ptr.dtype.element_ty)
+    tl.store(out_MN, out, mask=ok_MN)
+    if ACTIVATES:  # noqa: SIM102
+        if reader < readers:
+            store_activated(
+                out, activated_ptr + place_MN, reader_norm_ptr, reader, out_channels, col_N, col_ok_N, ok_MN
+            )

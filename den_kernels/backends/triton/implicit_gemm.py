@@ -164,8 +164,9 @@ def accumulate(
     if CUT:
         whole = tl.where(limit % GRANULE == 0, last, tl.minimum(taps * (limit // BLOCK_K), last))
     for cut in tl.static_range(2 if CUT else 1):
-        # One flat loop, because only an innermost loop is software-pipelined. Taps vary fastest: what one reads of a map
-        # the next ones read again, soon enough to find it in the first cache. `taps` is 0 only when the loop is empty.
+        # One flat loop, because only an innermost loop is software-pipelined. Taps vary fastest: what one reads of a
+        # map the next ones read again, soon enough to find it in the first cache. `taps` is 0 only when the loop is
+        # empty.
         for step in range(whole if cut else first, last if cut else whole):
             block = step // taps
             tap = step - block * taps

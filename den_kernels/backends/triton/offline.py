@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 from triton.runtime.cache import get_cache_manager
 
 from den_kernels.backends.triton import block, conv, data_gradient, norm, plan, weight_gradient
+from den_kernels.backends.triton.chain import Readers
 from den_kernels.backends.triton.launch import Launch
 
 # Shared memory that one block may use, KiB (CUDA C++ programming guide, table of compute capabilities).
@@ -67,11 +68,12 @@ def typical_launches(
     table = rows(levels, channels)
     square = filters(channels, channels // groups, 3)
 
-    def fused(y: torch.Tensor, weights, tables, kernels, strides, pre=None, projection=()) -> list[Launch]:
+    def fused(
+        y: torch.Tensor, weights, tables, kernels, strides, pre=None, projection=(), readers=None
+    ) -> list[Launch]:
         grouped = [groups if kernel == 3 else 1 for kernel in kernels]
-        return block.plan_block(
-            x, y, *plan, weights, tables, tables, pre, pre, kernels, strides, grouped, projection, True, in_place=y is x
-        )
+        form = kernels, strides, grouped, projection, readers is None
+        return block.plan_block(x, y, *plan, weights, tables, tables, pre, pre, *form, in_place=y is x, readers=readers)
 
     basic = [square] * 2, [table] * 2, [3, 3], [1, 1]
     wide, down = rows(levels, 2 * channels), activations(2 * channels, -(-size // 2))
@@ -79,6 +81,7 @@ def typical_launches(
     bottleneck = [narrow, square, broad], [table, table, wide], [1, 3, 1], [1, 2, 1]
     width, geometry = integers(samples), ((1, 1), (1, 1), (1, 1), groups)
     norm = conv.Norm(width, table, table, True)
+    readers = [Readers(x, width, integers(levels), table, 2, levels, fresh) for fresh in (False, True)]
     return {
         "conv2d": conv.plan_conv2d(x, square, rows(channels).to(dtype), width, width, None, x, *geometry),
         "conv2d, full": conv.plan_conv2d(x, square, None, None, None, None, x, *geometry),
@@ -86,6 +89,8 @@ def typical_launches(
         "conv2d, residual": conv.plan_conv2d(x, square, None, width, None, x, x, *geometry),
         **_named(("first", "last"), fused(x, *basic)),
         **_named(("first, pre-activation",), fused(x, *basic, pre=rows(channels))),
+        **_named(("", "last, activating"), fused(x, *basic, readers=readers[0])),
+        **_named(("", "last, activating all"), fused(x, *basic, readers=readers[1])),
         **_named(("", "inner", "last, pooled"), fused(down, *bottleneck)),
         **_named(("projection",), fused(down, *bottleneck, projection=(broad, wide, wide))),
     }
