@@ -39,7 +39,10 @@ WORKERS = os.cpu_count() or 1  # that compile
 
 
 class BlockShape(NamedTuple):
-    """A residual block by what its launches depend on. size: of the square map that it reads."""
+    """A residual block by what its launches depend on.
+
+    size: of the square map that it reads. leads: whether no block stands in front that could activate this map for it.
+    """
 
     in_channels: int
     hidden_channels: int
@@ -50,6 +53,7 @@ class BlockShape(NamedTuple):
     groups: tuple[int, ...] = (1, 1)
     preactivation: bool = False
     projection: bool = False
+    leads: bool = False
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -64,7 +68,7 @@ class BlockShape(NamedTuple):
         channels = f"{self.in_channels} to {self.hidden_channels} to {self.out_channels}, {self.size}x{self.size}"
         parts = (("kernels", self.kernels), ("strides", self.strides), ("groups", self.groups))
         form = [f"{part} {'-'.join(map(str, values))}" for part, values in parts]
-        form += ["pre-activation"] * self.preactivation + ["projection"] * self.projection
+        form += ["pre-activation"] * self.preactivation + ["projection"] * self.projection + ["leads"] * self.leads
         return ", ".join([channels, *form])
 
 
@@ -74,7 +78,8 @@ def _wide(factor: int) -> list[BlockShape]:
     for stage in range(3):
         width = 16 * factor * 2**stage
         stride = 1 if stage == 0 else 2
-        shapes.append(BlockShape(channels, width, width, size, strides=(stride, 1), preactivation=True))
+        form: dict[str, Any] = {"strides": (stride, 1), "leads": stage == 0}
+        shapes.append(BlockShape(channels, width, width, size, preactivation=True, **form))
         channels, size = width, size // stride
         shapes.append(BlockShape(width, width, width, size, preactivation=True))
     return shapes
@@ -115,46 +120,56 @@ NETWORKS: dict[str, Callable[[], list[BlockShape]]] = {
 }
 
 
+def _block(shape: BlockShape, dtype: torch.dtype, device: torch.device) -> dk.FusedResidualBlock:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(device)
+
+    ends = [shape.in_channels, *[shape.hidden_channels] * (len(shape.kernels) - 1), shape.out_channels]
+    weights = [
+        (random(o, i // g, k, k) / (k * k * i // g) ** 0.5).to(dtype)
+        for i, o, k, g in zip(ends, ends[1:], shape.kernels, shape.groups, strict=False)
+    ]
+    tables = [random(1, len(RATIOS), o) / 4 for o in ends[1:]]
+    pre = random(1, shape.in_channels) if shape.preactivation else None
+    projection = None
+    if shape.projection:
+        weight = random(shape.out_channels, shape.in_channels, 1, 1) / shape.in_channels**0.5
+        projection = weight.to(dtype), tables[-1], tables[-1]
+    return dk.FusedResidualBlock(
+        weights,
+        [table + 1 for table in tables],
+        tables,
+        shape.widths,
+        strides=shape.strides,
+        groups=shape.groups,
+        pre_scale=pre,
+        pre_shift=pre,
+        projection=projection,
+        relu=not shape.preactivation,
+        backend="triton",
+    )
+
+
 class BlockCall:
-    """A block of this shape on a batch, at levels that are evenly mixed."""
+    """A block of this shape on a batch, at levels that are evenly mixed; where pre-activations are handed on, behind
+    another block that does."""
 
     def __init__(self, shape: BlockShape, samples: int, dtype: torch.dtype, device: torch.device):
-        generator = torch.Generator().manual_seed(0)
-
-        def random(*size: int) -> Tensor:
-            return torch.randn(size, generator=generator).to(device)
-
-        ends = [shape.in_channels, *[shape.hidden_channels] * (len(shape.kernels) - 1), shape.out_channels]
-        weights = [
-            (random(o, i // g, k, k) / (k * k * i // g) ** 0.5).to(dtype)
-            for i, o, k, g in zip(ends, ends[1:], shape.kernels, shape.groups, strict=False)
-        ]
-        tables = [random(1, len(RATIOS), o) / 4 for o in ends[1:]]
-        pre = random(1, shape.in_channels) if shape.preactivation else None
-        projection = None
-        if shape.projection:
-            weight = random(shape.out_channels, shape.in_channels, 1, 1) / shape.in_channels**0.5
-            projection = weight.to(dtype), tables[-1], tables[-1]
-        self.block = dk.FusedResidualBlock(
-            weights,
-            [table + 1 for table in tables],
-            tables,
-            shape.widths,
-            strides=shape.strides,
-            groups=shape.groups,
-            pre_scale=pre,
-            pre_shift=pre,
-            projection=projection,
-            relu=not shape.preactivation,
-            backend="triton",
-        )
-        x = random(samples, shape.in_channels, shape.size, shape.size).to(dtype)
-        self.x = x.contiguous(memory_format=torch.channels_last)
+        blocks = [_block(shape, dtype, device)]
+        if shape.preactivation and not shape.leads:
+            inside = shape.in_channels
+            front = BlockShape(inside, inside, inside, shape.size, preactivation=True)
+            blocks.insert(0, _block(front, dtype, device))
+        self.chain = dk.FusedChain(blocks)
+        x = torch.randn(samples, shape.in_channels, shape.size, shape.size, generator=torch.Generator().manual_seed(1))
+        self.x = x.to(device, dtype).contiguous(memory_format=torch.channels_last)
         level = torch.arange(samples, device=device).flip(0) % len(RATIOS)
-        self.plan = dk.plan_levels(level[:, None], len(RATIOS)).block(0)
+        self.plan = dk.plan_levels(level[:, None].expand(-1, len(blocks)), len(RATIOS))
 
     def __call__(self) -> Tensor:
-        return self.block(self.x, *self.plan)
+        return self.chain(self.x, self.plan)
 
 
 def median_us(call: Callable[[], object], device: torch.device, rep_ms: float = 20.0) -> float:

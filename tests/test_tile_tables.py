@@ -109,6 +109,7 @@ def test_the_shapes_of_a_network_are_its_blocks(name):
                 tuple(conv.groups for conv in convs),
                 getattr(block, "preactivation", False),
                 getattr(block, "projection", None) is not None,
+                getattr(block, "preactivation", False) and not blocks,
             )
         )
         assert blocks[-1].widths == block.widths

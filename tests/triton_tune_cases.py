@@ -12,7 +12,7 @@ from den_kernels import tune
 from den_kernels.backends.triton import configs, tile_tables
 from den_kernels.backends.triton.tile_tables import TileConfig
 
-SHAPE = tune.BlockShape(16, 16, 16, 2, kernels=(1, 3), preactivation=True)
+SHAPE = tune.BlockShape(16, 16, 16, 2, kernels=(1, 3), preactivation=True, leads=True)
 CPU = torch.device("cpu")
 
 
@@ -124,6 +124,13 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     assert "2 entries in" in capsys.readouterr().out
     assert tune.main(arguments) == 0
     assert capsys.readouterr().out.count("in the table") == 2
+
+
+def test_behind_another_block_activations_are_handed_on():
+    call = tune.BlockCall(SHAPE._replace(leads=False, kernels=(3, 3)), 3, torch.float32, CPU)
+    with configs.searching({}) as asked:
+        call()
+    assert [problem.kernel for problem in asked] == ["first-pre", "last", "first"]
 
 
 def test_what_a_search_asks_for_is_what_launches_run():

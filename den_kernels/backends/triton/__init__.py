@@ -15,7 +15,7 @@ import torch
 
 from den_kernels.backends import batch_norm as plain_batch_norm
 from den_kernels.backends.triton.chain import Readers, handing_on
-from den_kernels.block import at_levels, unmoved
+from den_kernels.block import BlockArguments, at_levels, unmoved
 
 NAME = "triton"
 TILE_BOUNDS = ()
@@ -310,7 +310,14 @@ def residual_block(x: torch.Tensor, out: torch.Tensor, *arguments) -> None:
 
 
 def _run_block(
-    x: torch.Tensor, out: torch.Tensor, activated: torch.Tensor | None, readers: Readers | None, *arguments
+    x: torch.Tensor,
+    out: torch.Tensor,
+    activated: torch.Tensor | None,
+    readers: Readers | None,
+    level: torch.Tensor,
+    order: torch.Tensor,
+    count: torch.Tensor,
+    *arguments,
 ) -> None:
     """`residual_block` that reads ``activated`` and hands on to ``readers``; see `chain`."""
     from den_kernels.backends.triton import block, launch
@@ -323,8 +330,18 @@ def _run_block(
             )
     if out.numel() == 0:
         return
-    in_place = out.data_ptr() == x.data_ptr()
-    for one in block.plan_block(x, out, *arguments, in_place=in_place, activated=activated, readers=readers):
+    planned = block.plan_block(
+        x,
+        out,
+        level,
+        order,
+        count,
+        BlockArguments(*arguments),
+        in_place=out.data_ptr() == x.data_ptr(),
+        activated=activated,
+        readers=readers,
+    )
+    for one in planned:
         launch.run(one, x.device)
 
 

@@ -22,7 +22,6 @@ load whole 16-byte vectors; channels beyond are never written and never read.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 
@@ -33,6 +32,7 @@ from den_kernels.backends.triton.conv import empty_map, output_size
 from den_kernels.backends.triton.launch import Launch, check_indexable, dot_precision, multiprocessors
 from den_kernels.backends.triton.projection import plan_projection
 from den_kernels.backends.triton.tile_tables import Problem, batch_class
+from den_kernels.block import BlockArguments
 
 
 def plan_block(
@@ -41,17 +41,8 @@ def plan_block(
     level: torch.Tensor,
     order: torch.Tensor,
     count: torch.Tensor,
-    widths: torch.Tensor,
-    weight_OHWI: Sequence[torch.Tensor],
-    scale: Sequence[torch.Tensor],
-    shift: Sequence[torch.Tensor],
-    pre_scale: torch.Tensor | None,
-    pre_shift: torch.Tensor | None,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    groups: Sequence[int],
-    projection: Sequence[torch.Tensor],
-    relu: bool,
+    block: BlockArguments,
+    *,
     in_place: bool,
     activated: torch.Tensor | None = None,
     readers: Readers | None = None,
@@ -60,6 +51,7 @@ def plan_block(
 
     activated: relu(pre(x)), which is then read in place of x by the first convolution. readers: see `chain`.
     """
+    widths, weight_OHWI, scale, shift, pre_scale, pre_shift, kernel_size, stride, groups, projection, relu = block
     precision = dot_precision(x.dtype)
     samples = x.shape[0]
     launches: list[Launch] = []
@@ -79,7 +71,8 @@ def plan_block(
     last = len(weight_OHWI) - 1
     for i, weight in enumerate(weight_OHWI):
         _, in_channels, in_h, in_w = source.shape
-        out_channels, kernel, _, group_in = weight.shape
+        out_channels, _, _, group_in = weight.shape
+        kernel = kernel_size[i]
         out_h = output_size(in_h, kernel, stride[i], kernel // 2, 1)
         out_w = output_size(in_w, kernel, stride[i], kernel // 2, 1)
         group_out = out_channels // groups[i]
@@ -172,7 +165,7 @@ def plan_block(
                 "reader_level_ptr": None if readers is None else readers.level,
                 "reader_widths_ptr": None if readers is None else readers.widths,
                 "reader_norm_ptr": None if readers is None else readers.norm,
-                "readers": 0 if readers is None else readers.count,
+                "readers": 0 if readers is None else readers.blocks,
             }
             constants |= {
                 "IN_PLACE": in_place,

@@ -32,7 +32,7 @@ class Readers(NamedTuple):
     level: Tensor
     widths: Tensor
     norm: Tensor
-    count: int
+    blocks: int
     levels: int
     fresh: bool
 
@@ -66,7 +66,7 @@ def find_readers(x: Tensor, y: Tensor, step: Step, behind: Sequence[Step], activ
 def handing_on(run: Callable[..., None], fused_conv2d: Callable[..., None]) -> Callable[..., None]:
     """`chain.one_by_one` for blocks that hand on activations.
 
-    run: runs a block from x to y with its activation or None, its readers or None, its plan and arguments.
+    run: runs a block from x to y with its activation or None, its readers or None, then its plan and arguments.
     """
 
     def run_block(x: Tensor, y: Tensor, step: Step, behind: Sequence[Step], activated: Tensor | None) -> Tensor | None:

@@ -26,6 +26,7 @@ from triton.runtime.cache import get_cache_manager
 from den_kernels.backends.triton import block, conv, data_gradient, norm, plan, weight_gradient
 from den_kernels.backends.triton.chain import Readers
 from den_kernels.backends.triton.launch import Launch
+from den_kernels.block import BlockArguments
 
 # Shared memory that one block may use, KiB (CUDA C++ programming guide, table of compute capabilities).
 SHARED_LIMIT_KIB = {80: 163, 89: 99, 90: 227}
@@ -72,8 +73,9 @@ def typical_launches(
         y: torch.Tensor, weights, tables, kernels, strides, pre=None, projection=(), readers=None
     ) -> list[Launch]:
         grouped = [groups if kernel == 3 else 1 for kernel in kernels]
-        form = kernels, strides, grouped, projection, readers is None
-        return block.plan_block(x, y, *plan, weights, tables, tables, pre, pre, *form, in_place=y is x, readers=readers)
+        norms = tables, tables, pre, pre
+        arguments = BlockArguments(plan[-1], weights, *norms, kernels, strides, grouped, projection, readers is None)
+        return block.plan_block(x, y, *plan[:-1], arguments, in_place=y is x, readers=readers)
 
     basic = [square] * 2, [table] * 2, [3, 3], [1, 1]
     wide, down = rows(levels, 2 * channels), activations(2 * channels, -(-size // 2))
