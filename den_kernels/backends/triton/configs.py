@@ -172,15 +172,21 @@ def choose(
 ) -> TileConfig:
     """The tile for ``samples`` products of ``rows`` pixels by ``columns`` channels over ``reduction`` channels a tap.
 
-    An elastic side is usually a quarter or a half of its full width, so its block is at most half of that: a block that
-    straddles the width does work that nobody asked for. ``through_registers``: activations are changed on
-    load. ``vectors``: channels come 16 bytes at a time; one by one, their addresses fill the registers of a tall tile.
+    Loads from L2 bound most of these products. An elastic side is usually a quarter, a half or all of its width: of the
+    columns a block is taken that loads least over those three, of the reduction at most half, because a block that
+    straddles the width does work that nobody asked for. ``through_registers``: activations are changed on load.
+    ``vectors``: channels come 16 bytes at a time; one by one, their addresses fill the registers of a tall tile.
     """
     sizes_m, sizes_n, sizes_k, make = _FAMILIES[kind]
     block_m = _covering(sizes_m, rows)
-    block_n = _covering(sizes_n, columns // 2 if elastic_out else columns)
+    block_n = _covering(sizes_n, columns)
     block_k = _covering(sizes_k, reduction // 2 if elastic_in else reduction)
 
+    def loads(block_n: int) -> int:
+        return (block_m + block_n) * sum(-(-width // block_n) for width in (columns // 4, columns // 2, columns))
+
+    if elastic_out:
+        block_n = min((size for size in sizes_n if size <= block_n), key=loads)
     if not vectors:
         block_m = min(block_m, 64)
 

@@ -190,7 +190,7 @@ def plan_conv2d(
             columns=span * group_out,
             elastic_in=in_width is not None,
             elastic_out=out_width is not None,
-            through_registers=in_width is not None,
+            through_registers=False,
             vectors=granule > 1,
             multiprocessors=multiprocessors(x.device),
         ),

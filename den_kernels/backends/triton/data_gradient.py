@@ -179,7 +179,7 @@ def plan_data_gradient(
         columns=span * group_in,
         elastic_in=out_width is not None,
         elastic_out=in_width is not None,
-        through_registers=out_width is not None,
+        through_registers=False,
         vectors=granule > 1 and group_in % 16 == 0,
         multiprocessors=multiprocessors(dx.device),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import re
 import subprocess
 import tempfile
@@ -26,6 +27,7 @@ from triton.runtime.cache import get_cache_manager
 from den_kernels.backends.triton import block, conv, data_gradient, norm, plan, weight_gradient
 from den_kernels.backends.triton.chain import Readers
 from den_kernels.backends.triton.launch import Launch
+from den_kernels.backends.triton.machine_code import Step, multiplying_step
 from den_kernels.block import BlockArguments
 
 # Shared memory that one block may use, KiB (CUDA C++ programming guide, table of compute capabilities).
@@ -152,6 +154,14 @@ class Report(NamedTuple):
     spill_bytes: int
     shared_bytes: int
     ptx: str
+    cubin: bytes
+    launch: Launch
+    arch: int
+
+    def step(self) -> Step | None:
+        """Of the loop that multiplies matrices; None where there is none."""
+        products, warps = math.prod(self.launch.blocks.values()), self.launch.tile.num_warps
+        return multiplying_step(self.cubin, self.arch, products, warps)
 
     @property
     def matrix_instruction(self) -> str:
@@ -161,7 +171,7 @@ class Report(NamedTuple):
     @property
     def vector_copies(self) -> int:
         """16-byte asynchronous copies from global to shared memory."""
-        return self.ptx.count("cp.async.cg.shared.global")
+        return len(re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*\], 0x10\b", self.ptx))
 
 
 def _ptxas(arch: int, ptx: str) -> str:
@@ -226,6 +236,9 @@ def compile_launch(launch: Launch, arch: int) -> Report:
         spill_bytes=sum(int(n) for n in spills),
         shared_bytes=compiled.metadata.shared,
         ptx=ptx,
+        cubin=compiled.asm["cubin"],
+        launch=launch,
+        arch=arch,
     )
 
 
@@ -237,8 +250,10 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, nargs="+", default=[256])
     arguments = parser.parse_args()
-    print("| kernel | batch | channels, size | tile M x N x K, warps, stages | per sm: registers, shared KiB, spills |")
-    print("|---|---|---|---|---|")
+    columns = ["kernel", "batch", "channels, size", "tile M x N x K, warps, stages"]
+    columns += ["per sm: registers, shared KiB, spills; cycles of a step to issue, to multiply"]
+    print("|", " | ".join(columns), "|")
+    print("|---" * len(columns) + "|")
     for batch in arguments.batch:
         for channels, size in ((64, 32), (128, 16), (256, 8)):
             shape = torch.bfloat16, batch, channels, size
@@ -250,7 +265,9 @@ def main() -> None:
                 for arch in arguments.arch:
                     report = compile_launch(launch, arch)
                     shared = report.shared_bytes / 1024
-                    cells.append(f"{arch}: {report.registers}, {shared:.0f}, {report.spill_bytes}")
+                    step = report.step()
+                    cycles = "" if step is None else f", {step.issue_cycles:.0f}, {step.tensor_cycles:.0f}"
+                    cells.append(f"{arch}: {report.registers}, {shared:.0f}, {report.spill_bytes}{cycles}")
                 sizes = " x ".join(map(str, launch.blocks.values()))
                 tile = f"{sizes}, {launch.tile.num_warps}, {launch.tile.num_stages}"
                 print(f"| {name} | {batch} | {channels}, {size} | {tile} | {'; '.join(cells)} |", flush=True)
