@@ -190,6 +190,7 @@ def test_every_tile_that_the_heuristic_can_pick(pool, arch, kind):
     jobs = [
         Job(arch, kind, kernel, tile=tile)
         for kernel in (*CORE, *gradients)
+        if kernel != "last"  # whose registers are fewer than with an activation to write
         for tile in configs.tiles(kind, kernel in THROUGH_REGISTERS)
     ]
     _check(pool.map(_compile, jobs, chunksize=4))

@@ -92,13 +92,29 @@ def next_reader(level_ptr, widths_ptr, sample, samples, readers, LEVELS: tl.cons
 
 
 @triton.jit
-def store_activated(y_MN, activated_MN, norm_ptr, reader, out_channels, col_N, col_ok_N, ok_MN):
-    """relu(scale * y + shift) of the block that reads y, at the pointers `activated_MN`."""
-    norm_ptr += reader * (2 * out_channels)
-    scale_N = tl.load(norm_ptr + col_N, mask=col_ok_N, other=0.0)
-    shift_N = tl.load(norm_ptr + out_channels + col_N, mask=col_ok_N, other=0.0)
-    value_MN = relu(y_MN.to(tl.float32) * scale_N[None, :] + shift_N[None, :])
-    tl.store(activated_MN, value_MN.to(y_MN.dtype), mask=ok_MN)
+def hand_on(
+    y_MN,
+    activated_MN,  # pointers
+    level_ptr,
+    widths_ptr,
+    norm_ptr,
+    sample,
+    samples,
+    readers,
+    out_channels,
+    col_N,
+    col_ok_N,
+    ok_MN,
+    LEVELS: tl.constexpr,
+):
+    """relu(scale * y + shift) of the block that reads a sample's y next, if one does."""
+    reader = next_reader(level_ptr, widths_ptr, sample, samples, readers, LEVELS)
+    if reader < readers:
+        norm_ptr += reader * (2 * out_channels)
+        scale_N = tl.load(norm_ptr + col_N, mask=col_ok_N, other=0.0)
+        shift_N = tl.load(norm_ptr + out_channels + col_N, mask=col_ok_N, other=0.0)
+        value_MN = relu(y_MN.to(tl.float32) * scale_N[None, :] + shift_N[None, :])
+        tl.store(activated_MN, value_MN.to(y_MN.dtype), mask=ok_MN)
 
 
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_ROWS)
@@ -291,10 +307,10 @@ def last_kernel(
     col_ok_N = local_N < SPAN * group_out
     ok_MN = (row_M < out_pixels)[:, None] & col_ok_N[None, :]
     x_ptr += sample * (x_h * x_w * x_channels)
-    place_MN = sample * (out_pixels * out_channels) + row_M[:, None] * out_channels + col_N[None, :]
-    out_MN = out_ptr + place_MN
+    place_MN = row_M[:, None] * out_channels + col_N[None, :]
+    out_ptr += sample * (out_pixels * out_channels)
     if ACTIVATES:
-        reader = next_reader(reader_level_ptr, reader_widths_ptr, sample, samples, readers, READER_LEVELS)
+        activated_ptr += sample * (out_pixels * out_channels)
 
     if not IN_PLACE or (ACTIVATES and FRESH):  # noqa: SIM102
         if width == 0:
@@ -303,12 +319,12 @@ def last_kernel(
             same_MN = shortcut(x_ptr, row_M, col_N, ok_MN, out_w, x_h, x_w, x_channels, POOL)
             same_MN = same_MN.to(out_ptr.dtype.element_ty)
             if not IN_PLACE:
-                tl.store(out_MN, same_MN, mask=ok_MN)
-            if ACTIVATES:  # noqa: SIM102
-                if reader < readers:
-                    store_activated(
-                        same_MN, activated_ptr + place_MN, reader_norm_ptr, reader, out_channels, col_N, col_ok_N, ok_MN
-                    )
+                tl.store(out_ptr + place_MN, same_MN, mask=ok_MN)
+            if ACTIVATES:
+                hand_on(
+                    same_MN, activated_ptr + place_MN, reader_level_ptr, reader_widths_ptr, reader_norm_ptr, sample,
+                    samples, readers, out_channels, col_N, col_ok_N, ok_MN, READER_LEVELS,
+                )  # fmt: skip
             return
 
     if SUM_OF > 0:
@@ -364,9 +380,9 @@ def last_kernel(
     if RELU:
         acc_MN = relu(acc_MN)
     out = acc_MN.to(out_ptr.dtype.element_ty)
-    tl.store(out_MN, out, mask=ok_MN)
-    if ACTIVATES:  # noqa: SIM102
-        if reader < readers:
-            store_activated(
-                out, activated_ptr + place_MN, reader_norm_ptr, reader, out_channels, col_N, col_ok_N, ok_MN
-            )
+    tl.store(out_ptr + place_MN, out, mask=ok_MN)
+    if ACTIVATES:
+        hand_on(
+            out, activated_ptr + place_MN, reader_level_ptr, reader_widths_ptr, reader_norm_ptr, sample, samples,
+            readers, out_channels, col_N, col_ok_N, ok_MN, READER_LEVELS,
+        )  # fmt: skip

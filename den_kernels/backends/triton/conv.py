@@ -66,14 +66,14 @@ def conv2d_kernel(
     col_N = chunk * (SPAN * group_out) + local_N
     col_ok_N = local_N < SPAN * group_out
     ok_MN = (row_M < out_pixels)[:, None] & col_ok_N[None, :]
-    place_MN = sample.to(tl.int64) * (out_pixels * out_channels) + row_M[:, None] * out_channels + col_N[None, :]
-    out_MN = out_ptr + place_MN
+    place_MN = row_M[:, None] * out_channels + col_N[None, :]
+    out_ptr += sample.to(tl.int64) * (out_pixels * out_channels)
 
     out_limit = out_channels
     if out_width_ptr is not None:
         out_limit = clamp_width(tl.load(out_width_ptr + sample), out_channels)
         if chunk * (SPAN * group_out) + tile_n * BLOCK_N >= out_limit:
-            tl.store(out_MN, tl.zeros((BLOCK_M, BLOCK_N), out_ptr.dtype.element_ty), mask=ok_MN)
+            tl.store(out_ptr + place_MN, tl.zeros((BLOCK_M, BLOCK_N), out_ptr.dtype.element_ty), mask=ok_MN)
             return
 
     limit = SPAN * group_in
@@ -126,11 +126,12 @@ def conv2d_kernel(
         acc_MN = relu(acc_MN)
     acc_MN = tl.where((col_N < out_limit)[None, :], acc_MN, 0.0)
     if residual_ptr is not None:
+        residual_ptr += sample.to(tl.int64) * (out_pixels * out_channels)
         residual_MN = tl.load(residual_ptr + place_MN, mask=ok_MN, other=0.0).to(tl.float32)
         acc_MN += residual_MN
         if in_width_ptr is not None:
             acc_MN = tl.where(in_limit > 0, acc_MN, residual_MN)  # bit for bit, -0.0 included
-    tl.store(out_MN, acc_MN.to(out_ptr.dtype.element_ty), mask=ok_MN)
+    tl.store(out_ptr + place_MN, acc_MN.to(out_ptr.dtype.element_ty), mask=ok_MN)
 
 
 def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
