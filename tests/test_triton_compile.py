@@ -218,6 +218,13 @@ def test_the_heuristic_stays_within_its_table(kind):
                     assert picked in table[elastic]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_maps_are_small(kind):
+    """So small that `products` divides by their width with a multiplication."""
+    for pixels in range(257, 20000):
+        assert not configs.choose_weight_gradient(kind, pixels=pixels, outputs=64, inputs=64, vectors=True)[1], pixels
+
+
 def test_an_importer_without_triton_learns_why(monkeypatch):
     from den_kernels.backends import triton as backend
 

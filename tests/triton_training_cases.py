@@ -97,21 +97,37 @@ def test_conv2d_backward_makes_what_is_asked_for():
         assert torch.equal(some[i], every[i])
 
 
-@pytest.mark.parametrize(("size", "parts"), [((1, 1), 1), ((3, 4), 1), ((5, 5), 2), ((8, 8), 6)], ids=str)
-def test_weight_gradient_in_any_number_of_parts(size, parts, monkeypatch):
-    """Maps of fewer pixels than a step, and of several; samples that skip; one part to many."""
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "parts"),
+    [
+        ((1, 1), (1, 1), (1, 1), 1),
+        ((3, 4), (1, 1), (1, 1), 1),
+        ((5, 5), (1, 1), (1, 1), 2),
+        ((8, 8), (1, 1), (1, 1), 6),
+        ((5, 5), (3, 1), (1, 1), 2),
+        ((7, 9), (1, 3), (1, 1), 2),
+        ((14, 9), (3, 1), (2, 1), 2),
+    ],
+    ids=str,
+)
+def test_weight_gradient_in_any_number_of_parts(size, kernel, stride, parts, monkeypatch):
+    """Maps of fewer pixels than a step, and of several, with padding or none; samples that skip; one part to many."""
     monkeypatch.setattr(weight_gradient, "multiprocessors", lambda device: 7)
     planned = []
     monkeypatch.setattr(launch, "run", lambda one, device, run=launch.run: (planned.append(one), run(one, device)))
     monkeypatch.setattr(configs, "_FAMILIES", {"fp32": ((16,), (16,), (16,), configs._fp32)})
-    x, weight, grad = _map(6, 20, *size), _random(24, 20, 1, 1), _map(6, 24, *size, seed=1)
+    x, weight = _map(6, 20, *size), _random(24, 20, *kernel)
+    grad = _map(6, 24, *(-(-pixels // step) for pixels, step in zip(size, stride, strict=True)), seed=1)
     in_width, out_width = torch.tensor([20, 16, 3, 0, 20, 17]), torch.tensor([24, 0, 16, 24, 5, 24])
     arguments = (_poison(grad, out_width), _poison(x, in_width), weight, in_width, out_width)
-    geometry = ((1, 1), (0, 0), (1, 1), 1)
-    run = lambda: backend.conv2d_backward(*arguments, *geometry, (False, True, True))  # noqa: E731
+    padding = (kernel[0] // 2, kernel[1] // 2)
+    run = lambda: backend.conv2d_backward(  # noqa: E731
+        *arguments, stride, padding, (1, 1), 1, (False, True, True)
+    )
     (_, dweight, dbias), again = run(), run()
     assert planned[1].arguments["splits"] == parts
-    _, want, want_bias = _gradients(x, weight, grad.new_zeros(24), in_width, out_width, grad)
+    options = {"stride": stride, "padding": padding}
+    _, want, want_bias = _gradients(x, weight, grad.new_zeros(24), in_width, out_width, grad, **options)
     torch.testing.assert_close(dweight.double(), want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(dbias.double(), want_bias, rtol=1e-5, atol=1e-5)
     assert torch.equal(dweight, again[1])

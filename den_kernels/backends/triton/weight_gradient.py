@@ -82,10 +82,10 @@ def plan_weight_gradient(
     )
     tiles = chunks * tiles_m * tiles_n
     count = x.new_empty((tiles, 2), dtype=torch.int32)
-    members = x.new_empty((tiles, samples), dtype=torch.int32)
+    record = x.new_empty((tiles, samples), dtype=torch.int64)
     workspace = x.new_empty((splits, *dweight_OHWI.shape), dtype=torch.float32)
     widths = {"in_width_ptr": in_width, "out_width_ptr": out_width}
-    lists = {"count_ptr": count, "sample_ptr": members}
+    lists = {"count_ptr": count, "record_ptr": record}
     sizes = {
         "samples": samples,
         "in_channels": in_channels,
@@ -105,8 +105,7 @@ def plan_weight_gradient(
         Launch(
             kernel=weight_gradient_kernel,
             programs=programs * splits,
-            arguments=widths
-            | lists
+            arguments=lists
             | sizes
             | {
                 "grad_ptr": grad,

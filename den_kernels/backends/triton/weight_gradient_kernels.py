@@ -20,7 +20,7 @@ def members_kernel(
     in_width_ptr,  # [N] or None
     out_width_ptr,  # [N] or None
     count_ptr,  # [tiles, 2] int32: members, and members whose width ends inside a vector
-    sample_ptr,  # [tiles, N] int32: the members in batch order
+    record_ptr,  # [tiles, N] int64: the members in batch order, see `unpack`
     samples,
     in_channels,
     out_channels,
@@ -40,6 +40,8 @@ def members_kernel(
     chunk = tile // (tiles_n * tiles_m)
     first_out = chunk * chunk_out + tile_m * TILE_M
     first_in = chunk * chunk_in + tile_n * TILE_N
+    most_out = tl.minimum(chunk_out - tile_m * TILE_M, TILE_M)
+    most_in = tl.minimum(chunk_in - tile_n * TILE_N, TILE_N)
     n = tl.arange(0, BLOCK_ROWS)
     members = 0
     uneven = 0
@@ -52,10 +54,13 @@ def members_kernel(
             out_N = clamp_width(tl.load(out_width_ptr + sample_N, mask=exists_N, other=0), out_channels)
         if in_width_ptr is not None:
             in_N = clamp_width(tl.load(in_width_ptr + sample_N, mask=exists_N, other=0), in_channels)
-        runs_N = (exists_N & (out_N > first_out) & (in_N > first_in)).to(tl.int32)
+        out_N = tl.minimum(out_N - first_out, most_out)
+        in_N = tl.minimum(in_N - first_in, most_in)
+        runs_N = (exists_N & (out_N > 0) & (in_N > 0)).to(tl.int32)
         place_N = members + tl.cumsum(runs_N, axis=0) - 1
-        tl.store(sample_ptr + tile.to(tl.int64) * samples + place_N, sample_N, mask=runs_N > 0)
-        ends_N = ((out_N - first_out) % GRANULE_OUT != 0) | ((in_N - first_in) % GRANULE_IN != 0)
+        record_N = (sample_N.to(tl.int64) << 32) | (out_N << 16) | in_N
+        tl.store(record_ptr + tile.to(tl.int64) * samples + place_N, record_N, mask=runs_N > 0)
+        ends_N = (out_N % GRANULE_OUT != 0) | (in_N % GRANULE_IN != 0)
         members += tl.sum(runs_N, axis=0)
         uneven += tl.sum(runs_N * ends_N.to(tl.int32), axis=0)
     tl.store(count_ptr + tile * 2, members)
@@ -72,25 +77,55 @@ def channel_limit(width_ptr, sample, first, channels):
 
 
 @triton.jit
-def channel_mask(local, limit_K, channels, GRANULE: tl.constexpr):
-    """Channels [K, .] to load: below each row's limit, rounded up so that masks are whole vectors."""
-    bound_K = ((limit_K + GRANULE - 1) // GRANULE) * GRANULE
-    return (local < channels)[None, :] & (local[None, :] < bound_K[:, None])
+def unpack(record):
+    """Which sample a member is, and how many channels of the tile it runs: of the output, and of the input.
+
+    One load tells all three. A record of 0 runs none.
+    """
+    return record.to(tl.uint64) >> 32, ((record >> 16) & 0xFFFF).to(tl.int32), (record & 0xFFFF).to(tl.int32)
+
+
+@triton.jit
+def load_bound(limit, GRANULE: tl.constexpr, EXACT: tl.constexpr):
+    """Channels to load: up to the limit, in whole vectors. Where it is of whole vectors already (not EXACT), this only
+    says so to the compiler.
+    """
+    if EXACT:
+        limit += GRANULE - 1
+    return (limit // GRANULE) * GRANULE
+
+
+@triton.jit
+def places(
+    pixel_K,
+    y_K,
+    m,
+    n,
+    in_h,
+    in_w,
+    in_channels,
+    out_w,
+    out_pixels,
+    out_channels,
+    shift_h,
+    shift_w,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+):
+    """Of output pixels: whether their source is inside the map; their gradients' and sources' elements in a sample."""
+    source_y_K = y_K * STRIDE_H + shift_h
+    source_x_K = (pixel_K - y_K * out_w) * STRIDE_W + shift_w
+    inside_K = (pixel_K < out_pixels) & (source_y_K.to(tl.uint32) < in_h) & (source_x_K.to(tl.uint32) < in_w)
+    grad_KM = (pixel_K * out_channels)[:, None] + m[None, :]
+    x_KN = ((source_y_K * in_w + source_x_K) * in_channels)[:, None] + n[None, :]
+    return inside_K, grad_KM, x_KN
 
 
 @triton.jit
 def products(
-    grad_ptr,
+    grad_ptr,  # first channel of the tile
     x_ptr,
-    in_width_ptr,
-    out_width_ptr,
-    sample_ptr,  # of the tile
-    local_M,  # output channel within the chunk
-    local_N,
-    first_out,  # the chunk's first channel within the whole tensor
-    first_in,
-    chunk_out,
-    chunk_in,
+    record_ptr,  # of the tile
     in_channels,
     out_channels,
     in_h,
@@ -102,7 +137,6 @@ def products(
     begin,
     end,
     members,
-    blocks,  # steps a sample
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
     GRANULE_IN: tl.constexpr,
@@ -114,59 +148,86 @@ def products(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """acc[M, N] of steps [begin, end). A step is BLOCK_K pixels of one sample, or (PACKED) of all members in a row."""
+    """acc[M, N] of steps [begin, end). A step is BLOCK_K pixels of one sample, or (PACKED) of all members in a row.
+
+    Steps of one sample each go through the members, then to the next pixels: what follows from the pixels alone is
+    worked out once for all members. A step's record is loaded by the step before it: a load that another load waits for
+    would take a stage of the pipeline.
+    """
+    m = tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
+    if PACKED:
+        row_K = begin * BLOCK_K + k
+        slot = row_K // out_pixels
+        pixel_K = row_K - slot * out_pixels
+        skip_slots = BLOCK_K // out_pixels
+        skip_pixels = BLOCK_K - skip_slots * out_pixels
+        # Divides by out_w what is below out_pixels, so long as their product is at most 2^16.
+        reciprocal = (65535 + out_w) // out_w
+    else:
+        block = begin // tl.maximum(members, 1)
+        slot = begin - block * members
+        first = block * BLOCK_K
+        pixel_K = first + k
+        inside_K, grad_KM, x_KN = places(
+            pixel_K, pixel_K // out_w, m, n, in_h, in_w, in_channels, out_w, out_pixels, out_channels, shift_h, shift_w,
+            STRIDE_H, STRIDE_W,
+        )  # fmt: skip
+    # 32 bits by 32 bits of no sign are one instruction.
+    grad_size = tl.cast(out_pixels * out_channels, tl.uint32)
+    x_size = tl.cast(in_h * in_w * in_channels, tl.uint32)
+    record = tl.load(record_ptr + slot, mask=slot < members, other=0)
     acc_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(begin, end):
+    for _ in range(begin, end):
         if PACKED:
-            row_K = step * BLOCK_K + k
-            slot = row_K // out_pixels
-            pixel_K = row_K - slot * out_pixels
-            live_K = slot < members
-            slot = tl.minimum(slot, members - 1)
+            y_K = (pixel_K * reciprocal) >> 16
+            inside_K, grad_KM, x_KN = places(
+                pixel_K, y_K, m, n, in_h, in_w, in_channels, out_w, out_pixels, out_channels, shift_h, shift_w,
+                STRIDE_H, STRIDE_W,
+            )  # fmt: skip
+        elif slot == members:
+            slot = 0
+            first += BLOCK_K
+            pixel_K = first + k
+            inside_K, grad_KM, x_KN = places(
+                pixel_K, pixel_K // out_w, m, n, in_h, in_w, in_channels, out_w, out_pixels, out_channels, shift_h,
+                shift_w, STRIDE_H, STRIDE_W,
+            )  # fmt: skip
+        sample, out_limit, in_limit = unpack(record)
+        if PACKED:
+            sample, out_limit, in_limit = sample[:, None], out_limit[:, None], in_limit[:, None]
+            pixel_K += skip_pixels
+            wraps_K = pixel_K >= out_pixels
+            pixel_K = tl.where(wraps_K, pixel_K - out_pixels, pixel_K)
+            slot += skip_slots + wraps_K.to(tl.int32)
+            record = tl.load(record_ptr + slot, mask=slot < members, other=0)
         else:
-            slot = step // blocks
-            pixel_K = (step - slot * blocks) * BLOCK_K + k
-            live_K = pixel_K < out_pixels
-        sample = tl.load(sample_ptr + slot)
-        out_K = channel_limit(out_width_ptr, sample, first_out, out_channels) + tl.zeros((BLOCK_K,), tl.int32)
-        in_K = channel_limit(in_width_ptr, sample, first_in, in_channels) + tl.zeros((BLOCK_K,), tl.int32)
-        y_K = (pixel_K // out_w) * STRIDE_H + shift_h
-        x_K = (pixel_K % out_w) * STRIDE_W + shift_w
-        inside_K = live_K & (y_K >= 0) & (y_K < in_h) & (x_K >= 0) & (x_K < in_w)
-        # A pixel that meets padding adds nothing, whichever of its two operands is left out.
-        grad_KM = tl.load(
-            grad_ptr
-            + (sample.to(tl.int64) * (out_pixels * out_channels) + pixel_K * out_channels)[:, None]
-            + local_M[None, :],
-            mask=inside_K[:, None] & channel_mask(local_M, out_K, chunk_out, GRANULE_OUT),
-            other=0.0,
-        )
-        x_KN = tl.load(
-            x_ptr
-            + (sample.to(tl.int64) * (in_h * in_w * in_channels) + (y_K * in_w + x_K) * in_channels)[:, None]
-            + local_N[None, :],
-            mask=inside_K[:, None] & channel_mask(local_N, in_K, chunk_in, GRANULE_IN),
-            other=0.0,
-        )
+            slot += 1
+            record = tl.load(record_ptr + tl.where(slot == members, 0, slot))
+        # A pixel that meets padding adds nothing: neither of its operands is loaded. The addresses are transposed, not
+        # what was loaded: for mma.sync that would go through the registers.
+        out_ok_KM = inside_K[:, None] & (m[None, :] < load_bound(out_limit, GRANULE_OUT, EXACT))
+        in_ok_KN = inside_K[:, None] & (n[None, :] < load_bound(in_limit, GRANULE_IN, EXACT))
+        values_KN = tl.load(x_ptr + sample * x_size + x_KN, mask=in_ok_KN, other=0.0)
+        grad_source_KM = grad_ptr + sample * grad_size + grad_KM
+        grad_MK = tl.load(tl.trans(grad_source_KM), mask=tl.trans(out_ok_KM), other=0.0)
         if EXACT:
-            grad_KM = tl.where(local_M[None, :] < out_K[:, None], grad_KM, 0.0)
-            x_KN = tl.where(local_N[None, :] < in_K[:, None], x_KN, 0.0)
-        acc_MN = tl.dot(tl.trans(grad_KM), x_KN, acc_MN, input_precision=PRECISION)
+            grad_MK = tl.where(tl.trans(m[None, :] < out_limit), grad_MK, 0.0)
+            values_KN = tl.where(n[None, :] < in_limit, values_KN, 0.0)
+        acc_MN = tl.dot(grad_MK, values_KN, acc_MN, input_precision=PRECISION)
     return acc_MN
 
 
 @triton.jit(
     do_not_specialize=["samples", "tiles_m", "tiles_n", "splits"],
-    do_not_specialize_on_alignment=["in_width_ptr", "out_width_ptr", "sample_ptr"],
+    do_not_specialize_on_alignment=["record_ptr"],
 )
 def weight_gradient_kernel(
     grad_ptr,  # [N, out_h, out_w, O]
     x_ptr,  # [N, in_h, in_w, C]
-    in_width_ptr,
-    out_width_ptr,
     count_ptr,
-    sample_ptr,
+    record_ptr,
     workspace_ptr,  # [splits, O, KERNEL_H, KERNEL_W, group_in] float32
     samples,
     in_channels,
@@ -210,38 +271,36 @@ def weight_gradient_kernel(
 
     members = tl.load(count_ptr + tile * 2)
     uneven = tl.load(count_ptr + tile * 2 + 1)
-    blocks = (out_pixels + BLOCK_K - 1) // BLOCK_K
-    steps = members * blocks
     if PACKED:
         steps = (members * out_pixels + BLOCK_K - 1) // BLOCK_K
+    else:
+        steps = members * ((out_pixels + BLOCK_K - 1) // BLOCK_K)
     share = (steps + splits - 1) // splits
     begin = split * share
     end = tl.minimum(begin + share, steps)
 
-    local_M = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    local_N = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     chunk_out = SPAN * group_out
     chunk_in = SPAN * group_in
     shift_h = (tap // KERNEL_W) * DILATION_H - PAD_H
     shift_w = (tap % KERNEL_W) * DILATION_W - PAD_W
-    grad_ptr += chunk * chunk_out
-    x_ptr += chunk * chunk_in
-    sample_ptr += tile.to(tl.int64) * samples
+    grad_ptr += chunk * chunk_out + tile_m * BLOCK_M
+    x_ptr += chunk * chunk_in + tile_n * BLOCK_N
+    record_ptr += tile.to(tl.int64) * samples
     if uneven > 0:
         acc_MN = products(
-            grad_ptr, x_ptr, in_width_ptr, out_width_ptr, sample_ptr, local_M, local_N, chunk * chunk_out,
-            chunk * chunk_in, chunk_out, chunk_in, in_channels, out_channels, in_h, in_w, out_w, out_pixels, shift_h,
-            shift_w, begin, end, members, blocks, STRIDE_H, STRIDE_W, GRANULE_IN, GRANULE_OUT, PACKED, True, PRECISION,
-            BLOCK_M, BLOCK_N, BLOCK_K,
+            grad_ptr, x_ptr, record_ptr, in_channels, out_channels, in_h, in_w, out_w, out_pixels, shift_h, shift_w,
+            begin, end, members, STRIDE_H, STRIDE_W, GRANULE_IN, GRANULE_OUT, PACKED, True, PRECISION, BLOCK_M,
+            BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         acc_MN = products(
-            grad_ptr, x_ptr, in_width_ptr, out_width_ptr, sample_ptr, local_M, local_N, chunk * chunk_out,
-            chunk * chunk_in, chunk_out, chunk_in, in_channels, out_channels, in_h, in_w, out_w, out_pixels, shift_h,
-            shift_w, begin, end, members, blocks, STRIDE_H, STRIDE_W, GRANULE_IN, GRANULE_OUT, PACKED, False, PRECISION,
-            BLOCK_M, BLOCK_N, BLOCK_K,
+            grad_ptr, x_ptr, record_ptr, in_channels, out_channels, in_h, in_w, out_w, out_pixels, shift_h, shift_w,
+            begin, end, members, STRIDE_H, STRIDE_W, GRANULE_IN, GRANULE_OUT, PACKED, False, PRECISION, BLOCK_M,
+            BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
+    local_M = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    local_N = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     own_MN = local_N[None, :] - ((local_M // group_out) * group_in)[:, None]  # the diagonal blocks of a span
     if SPAN == 1:
         own_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.int32) + local_N[None, :]
