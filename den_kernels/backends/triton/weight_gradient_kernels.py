@@ -98,7 +98,6 @@ def load_bound(limit, GRANULE: tl.constexpr, EXACT: tl.constexpr):
 @triton.jit
 def places(
     pixel_K,
-    y_K,
     m,
     n,
     in_h,
@@ -111,11 +110,17 @@ def places(
     shift_w,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     """Of output pixels: whether their source is inside the map; their gradients' and sources' elements in a sample."""
+    if PACKED:
+        # Exact, because the pixel times the width is below 2^16: only small maps are packed.
+        y_K = (pixel_K * ((65535 + out_w) // out_w)) >> 16
+    else:
+        y_K = (pixel_K.to(tl.uint32) // tl.cast(out_w, tl.uint32)).to(tl.int32)
     source_y_K = y_K * STRIDE_H + shift_h
     source_x_K = (pixel_K - y_K * out_w) * STRIDE_W + shift_w
-    inside_K = (pixel_K < out_pixels) & (source_y_K.to(tl.uint32) < in_h) & (source_x_K.to(tl.uint32) < in_w)
+    inside_K = (y_K < out_pixels // out_w) & (source_y_K.to(tl.uint32) < in_h) & (source_x_K.to(tl.uint32) < in_w)
     grad_KM = (pixel_K * out_channels)[:, None] + m[None, :]
     x_KN = ((source_y_K * in_w + source_x_K) * in_channels)[:, None] + n[None, :]
     return inside_K, grad_KM, x_KN
@@ -163,36 +168,33 @@ def products(
         pixel_K = row_K - slot * out_pixels
         skip_slots = BLOCK_K // out_pixels
         skip_pixels = BLOCK_K - skip_slots * out_pixels
-        # Divides by out_w what is below out_pixels, so long as their product is at most 2^16.
-        reciprocal = (65535 + out_w) // out_w
     else:
         block = begin // tl.maximum(members, 1)
         slot = begin - block * members
         first = block * BLOCK_K
         pixel_K = first + k
         inside_K, grad_KM, x_KN = places(
-            pixel_K, pixel_K // out_w, m, n, in_h, in_w, in_channels, out_w, out_pixels, out_channels, shift_h, shift_w,
-            STRIDE_H, STRIDE_W,
+            pixel_K, m, n, in_h, in_w, in_channels, out_w, out_pixels, out_channels, shift_h, shift_w, STRIDE_H,
+            STRIDE_W, PACKED,
         )  # fmt: skip
-    # 32 bits by 32 bits of no sign are one instruction.
+    # Without a sign, the product of these with a sample is one instruction.
     grad_size = tl.cast(out_pixels * out_channels, tl.uint32)
     x_size = tl.cast(in_h * in_w * in_channels, tl.uint32)
     record = tl.load(record_ptr + slot, mask=slot < members, other=0)
     acc_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for _ in range(begin, end):
         if PACKED:
-            y_K = (pixel_K * reciprocal) >> 16
             inside_K, grad_KM, x_KN = places(
-                pixel_K, y_K, m, n, in_h, in_w, in_channels, out_w, out_pixels, out_channels, shift_h, shift_w,
-                STRIDE_H, STRIDE_W,
+                pixel_K, m, n, in_h, in_w, in_channels, out_w, out_pixels, out_channels, shift_h, shift_w, STRIDE_H,
+                STRIDE_W, PACKED,
             )  # fmt: skip
         elif slot == members:
             slot = 0
             first += BLOCK_K
             pixel_K = first + k
             inside_K, grad_KM, x_KN = places(
-                pixel_K, pixel_K // out_w, m, n, in_h, in_w, in_channels, out_w, out_pixels, out_channels, shift_h,
-                shift_w, STRIDE_H, STRIDE_W,
+                pixel_K, m, n, in_h, in_w, in_channels, out_w, out_pixels, out_channels, shift_h, shift_w, STRIDE_H,
+                STRIDE_W, PACKED,
             )  # fmt: skip
         sample, out_limit, in_limit = unpack(record)
         if PACKED:
