@@ -90,6 +90,14 @@ def test_candidates_hold_what_the_heuristic_picks(kind):
         assert tried[0] in configs.variations(tried[0], kind)
 
 
+@pytest.mark.parametrize(("rows", "channels", "columns"), [(1024, 64, 64), (256, 128, 64), (64, 256, 128)])
+def test_an_elastic_output_takes_the_columns_that_load_least(rows, channels, columns):
+    """Over a quarter, a half and all of the channels; a dense one takes as many as there are, up to 128."""
+    facts = configs.Facts("half", 256, rows, channels, channels, False, True, False, True, 132)
+    assert configs.choose(**facts._asdict()).block_n == columns
+    assert configs.choose(**facts._replace(elastic_out=False)._asdict()).block_n == min(channels, 128)
+
+
 @pytest.mark.parametrize("name", tune.NETWORKS)
 def test_the_shapes_of_a_network_are_its_blocks(name):
     with torch.device("meta"):

@@ -140,13 +140,13 @@ def _planned(block: dk.FusedResidualBlock, x: Tensor, plan: tuple[Tensor, Tensor
     from den_kernels.backends.triton.block import plan_block
     from den_kernels.backends.triton.chain import Readers
 
-    block_arguments = block.arguments(0, block.batch_class(x.shape))
-    norm = block_arguments.pre_scale, block_arguments.pre_shift
-    if None in norm or x.shape != out.shape:
-        return plan_block(x, out, *plan, block_arguments, in_place=False)
-    rows = plan[0], block_arguments.widths, torch.stack([table for table in norm if table is not None])
-    readers = Readers(torch.empty_like(out), *rows, blocks=1, levels=block_arguments.levels, fresh=False)
-    return plan_block(x, out, *plan, block_arguments, in_place=False, activated=x, readers=readers)
+    arguments = block.arguments(0, block.batch_class(x.shape))
+    scale, shift = arguments.pre_scale, arguments.pre_shift
+    if scale is None or shift is None or x.shape != out.shape:
+        return plan_block(x, out, *plan, arguments, in_place=False)
+    rows = plan[0], arguments.widths, torch.stack([scale, shift])
+    readers = Readers(torch.empty_like(out), *rows, blocks=1, levels=arguments.levels, fresh=False)
+    return plan_block(x, out, *plan, arguments, in_place=False, activated=x, readers=readers)
 
 
 def _launches(planned: Sequence[Launch], context: Context) -> list[dict[str, Any]]:

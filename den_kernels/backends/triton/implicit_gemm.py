@@ -162,7 +162,7 @@ def accumulate(
     CUT: tl.constexpr = EXACT and GRANULE > 1
     whole = last
     if CUT:
-        whole = tl.where(limit % GRANULE == 0, last, tl.minimum(taps * (limit // BLOCK_K), last))
+        whole = tl.where(limit % GRANULE == 0, last, tl.minimum(tl.maximum(taps * (limit // BLOCK_K), first), last))
     for cut in tl.static_range(2 if CUT else 1):
         # One flat loop, because only an innermost loop is software-pipelined. Taps vary fastest: what one reads of a
         # map the next ones read again, soon enough to find it in the first cache. `taps` is 0 only when the loop is

@@ -159,7 +159,7 @@ class Report(NamedTuple):
     arch: int
 
     def step(self) -> Step | None:
-        """Of the loop that multiplies matrices; None where there is none."""
+        """Of the loop that multiplies matrices of 16-bit values; None where there is none."""
         products, warps = math.prod(self.launch.blocks.values()), self.launch.tile.num_warps
         return multiplying_step(self.cubin, self.arch, products, warps)
 
