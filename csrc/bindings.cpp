@@ -28,6 +28,12 @@ using den::fail;
 using den::Ints;
 using den::with_element;
 
+bool winograd_wins(const std::string& dtype) {
+    bool wins = false;
+    with_element(dtype, [&](auto element) { wins = den::kernels<decltype(element)>().winograd_wins; });
+    return wins;
+}
+
 den::ConvShape conv_shape(const Ints& sizes, const Ints& window) {
     if (sizes.size() != 6 || window.size() != 8) fail("sizes must hold 6 integers and window 8");
     return {sizes[1],
@@ -214,6 +220,8 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("packed_elements", &den::packed_values, py::arg("dtype"), py::arg("out_channels"), py::arg("group_in"),
           py::arg("taps"), py::arg("groups"));
     m.def("supported_isas", &den::supported_isas, "Instruction sets that this machine runs, best first.");
+    m.def("winograd_wins", &winograd_wins, py::arg("dtype"),
+          "Whether the kernels in use compute a 3x3 of stride 1 faster by Winograd's algorithm.");
     m.def("set_isa", &den::set_isa, py::arg("name"),
           "Use the kernels of this instruction set; returns the name of those used before.");
 #ifdef _OPENMP

@@ -89,13 +89,6 @@ inline int next_vectors(int left, int most) {
     return left == most + 1 && most > 2 ? most - 1 : most;
 }
 
-// Output channels that a tile of `lanes` writes when `left` are active. In scratch it may write beyond them, but an odd
-// number ends in a zero, for the pairs of the next convolution.
-inline int lanes_written(const ConvPass& pass, int lanes, int left) {
-    if (left >= lanes) return lanes;
-    return pass.whole_blocks && left % den::kWord<Element> == 0 ? lanes : left;
-}
-
 void conv(const ConvPass& pass, int unit0, int unit1, int row0, int row1) {
     constexpr int per_block = den::kBlock / Vec::lanes, word = den::kWord<Element>;
     const int units = (pass.group_out + den::kBlock - 1) / den::kBlock;  // of one group

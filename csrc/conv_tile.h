@@ -54,6 +54,14 @@ inline __attribute__((always_inline)) Offsets<NV> offsets(const den::BasicConvPa
     return offset;
 }
 
+// Output channels that a tile of `lanes` writes when `left` are active. In scratch it may write beyond them, but an odd
+// number ends in a zero, for the pairs of the next convolution.
+template <class T>
+inline int lanes_written(const den::BasicConvPass<T>& pass, int lanes, int left) {
+    if (left >= lanes) return lanes;
+    return pass.whole_blocks && left % den::kWord<T> == 0 ? lanes : left;
+}
+
 // Asks for the lines that the epilogue will read and write: they left the cache long ago, or were never in it, and the
 // sums take long enough to fetch them.
 template <class T, class V, int NV, int R, int Q>

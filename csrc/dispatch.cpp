@@ -3,6 +3,16 @@
 #include <atomic>
 #include <stdexcept>
 
+#if defined(DEN_X86)
+#include <cpuid.h>
+#endif
+#if defined(DEN_X86) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include "amx_conv.h"
+
 namespace den {
 
 extern const BasicKernels<float> kernels_float_portable;
@@ -23,6 +33,36 @@ struct Isa {
     const TrainingKernels& training;
 };
 
+#if defined(DEN_X86)
+
+// Whether this machine multiplies bf16 tiles and the system, asked here, lets this process use their registers.
+bool amx_permitted() {
+#if defined(DEN_EMULATE_AMX)
+    return true;
+#elif defined(__linux__)
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // CPUID 7.0, EDX
+    constexpr long kAskFor = 0x1023, kTileData = 18;        // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    unsigned eax, ebx, ecx, edx = 0;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(edx & kBf16) || !(edx & kTile)) return false;
+    return syscall(SYS_arch_prctl, kAskFor, kTileData) == 0;
+#else
+    return false;
+#endif
+}
+
+// The kernels of AVX512-BF16, but for convolutions.
+const BasicKernels<bf16>& amx_kernels() {
+    static const BasicKernels<bf16> kernels = [] {
+        BasicKernels<bf16> amx = kernels_bf16_avx512_bf16;
+        amx.conv = amx_conv;
+        amx.winograd_wins = false;
+        return amx;
+    }();
+    return kernels;
+}
+
+#endif
+
 // Best first. __builtin_cpu_supports also asks the operating system whether it saves the wider registers.
 std::vector<Isa> detect() {
     std::vector<Isa> found;
@@ -34,6 +74,7 @@ std::vector<Isa> detect() {
 #else
     const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
+    if (avx512_bf16 && amx_permitted()) found.push_back({"amx_bf16", kernels_float_avx512, amx_kernels(), training_avx512});
     if (avx512_bf16)
         found.push_back({"avx512_bf16", kernels_float_avx512, kernels_bf16_avx512_bf16, training_avx512});
     if (avx512) found.push_back({"avx512", kernels_float_avx512, kernels_bf16_avx512, training_avx512});

@@ -125,6 +125,7 @@ BasicConvPass<T> BasicBlockedMap<T>::pass(const T* map, const T* weight, int act
     pass.row_taps = row_taps_.data();
     pass.tap_edges = tap_edges_.data();
     pass.weight = weight;
+    pass.groups = conv_.groups;
     pass.group_in = conv_.group_in();
     pass.group_out = conv_.group_out();
     pass.active_in = conv_.groups == 1 ? active_in : conv_.group_in();

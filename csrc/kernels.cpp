@@ -198,6 +198,6 @@ namespace den {
 
 extern const WinogradKernels<Element> DEN_WINOGRAD;
 extern const BasicKernels<Element> DEN_TABLE;
-const BasicKernels<Element> DEN_TABLE = {conv, load, pool, shortcut, max_pool, &DEN_WINOGRAD};
+const BasicKernels<Element> DEN_TABLE = {conv, load, pool, shortcut, max_pool, &DEN_WINOGRAD, true};
 
 }  // namespace den

@@ -42,6 +42,7 @@ struct BasicConvPass {
     const signed char* tap_edges;
     // Weights as packed by pack.h.
     const T* weight;
+    int groups;
     int group_in, group_out;    // channels of one group, as packed
     int active_in, active_out;  // of them, those read and those produced
     // Epilogue: relu(acc * mul[c] + add[c] + residual). mul and add are readable for 16 floats beyond the last channel.
@@ -113,6 +114,7 @@ struct BasicKernels {
     void (*shortcut)(const BasicShortcut<T>& shortcut, int row0, int row1);  // of the output
     void (*max_pool)(const BasicMaxPool<T>& pool, int row0, int row1);       // of the output
     const WinogradKernels<T>* winograd;
+    bool winograd_wins;  // over `conv`, where both can compute a layer
 };
 
 using ConvPass = BasicConvPass<float>;

@@ -1,0 +1,52 @@
+// The tile instructions of Intel's AMX: eight registers of up to 16 rows of 64 bytes, and the product of two of them.
+//
+// A row of the left factor holds 16 pairs of bf16 channels of one pixel, the 16 rows of the right factor those pairs of
+// weights of 16 outputs, a row of the sums 16 floats of one pixel: a product is 8192 multiply-adds in 16 cycles.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+// Tests have the same names in C++, for machines without AMX and for sanitizers, which do not see into assembly.
+#if !defined(DEN_EMULATED_AMX)
+
+namespace amx {
+
+// How many rows, and bytes of each, the registers have.
+struct alignas(64) Config {
+    std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    std::uint16_t row_bytes[16] = {};
+    std::uint8_t rows[16] = {};
+
+    void set(int tile, int tile_rows, int bytes) { rows[tile] = std::uint8_t(tile_rows), row_bytes[tile] = std::uint16_t(bytes); }
+};
+
+inline void configure(const Config& config) { __asm__ volatile("ldtilecfg %0" ::"m"(config)); }
+// Without it, a switch to another thread saves 8 KB more.
+inline void release() { __asm__ volatile("tilerelease"); }
+
+template <int Tile>
+inline __attribute__((always_inline)) void clear() {
+    __asm__ volatile("tilezero %%tmm%c0" ::"i"(Tile));
+}
+
+// `stride`: bytes from row to row.
+template <int Tile>
+inline __attribute__((always_inline)) void load(const void* from, std::ptrdiff_t stride) {
+    __asm__ volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(Tile), "r"(from), "r"(stride));
+}
+
+template <int Tile>
+inline __attribute__((always_inline)) void store(void* to, std::ptrdiff_t stride) {
+    __asm__ volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(Tile), "r"(to), "r"(stride) : "memory");
+}
+
+// Sum += Left * Right.
+template <int Sum, int Left, int Right>
+inline __attribute__((always_inline)) void add_product() {
+    __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sum), "i"(Left), "i"(Right));
+}
+
+}  // namespace amx
+
+#endif
