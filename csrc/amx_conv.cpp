@@ -76,6 +76,15 @@ struct Factors {
     std::ptrdiff_t weight_block;  // elements from 16 outputs to the next
 };
 
+// Asks for the weights of some steps later. Tiles are read as fast as no prefetcher follows them from beyond the second cache.
+template <int N>
+inline __attribute__((always_inline)) void ask_ahead(const bf16* w, std::ptrdiff_t weight_block) {
+    constexpr std::ptrdiff_t row = kRowBytes / sizeof(bf16), ahead = 16 * 16 * row;
+    for (int v = 0; v < N; ++v)
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) __builtin_prefetch(w + v * weight_block + ahead + i * row, 0, 2);
+}
+
 // The products at one tap of one block of channels. second: the ragged one of Plan::kMixed.
 template <Plan plan, int P, bool second, int... I>
 inline __attribute__((always_inline)) void add_step(const Factors<P>& f, std::ptrdiff_t x, const bf16* w, Indices<I...>) {
@@ -83,6 +92,7 @@ inline __attribute__((always_inline)) void add_step(const Factors<P>& f, std::pt
     constexpr bool mixed = plan == Plan::kMixed;
     constexpr int N = R::outputs, weights = R::weights + (mixed && second);
     amx::load<weights>(w, kRowBytes);
+    ask_ahead<N>(w, f.weight_block);
     if constexpr (N == 2) amx::load<weights + 1>(w + f.weight_block, kRowBytes);
     (
         [&]() __attribute__((always_inline)) {
