@@ -92,7 +92,7 @@ inline __attribute__((always_inline)) void add_step(const Factors<P>& f, std::pt
     constexpr bool mixed = plan == Plan::kMixed;
     constexpr int N = R::outputs, weights = R::weights + (mixed && second);
     amx::load<weights>(w, kRowBytes);
-    ask_ahead<N>(w, f.weight_block);
+
     if constexpr (N == 2) amx::load<weights + 1>(w + f.weight_block, kRowBytes);
     (
         [&]() __attribute__((always_inline)) {
@@ -117,7 +117,7 @@ inline __attribute__((always_inline)) void store_all(float* sums, Indices<I...>)
 // sums[P][16][N][16] of the convolution over a group's taps; between its products a piece of `before` after the other.
 template <Plan plan, int P>
 void multiply(const ConvPass& pass, const PixelGroup& group, const Depth& depth, const bf16* weight, std::ptrdiff_t first_in,
-              Epilogue& before, float* sums) {
+              Epilogue& before) {
     constexpr int N = Registers<plan>::outputs;
     constexpr std::ptrdiff_t row = kRowBytes / sizeof(bf16);  // of weights
     constexpr std::ptrdiff_t tap_weights = kChannels / 2 * row;
@@ -153,7 +153,7 @@ void multiply(const ConvPass& pass, const PixelGroup& group, const Depth& depth,
         }
     }
     before.finish();
-    store_all<N>(sums, typename MakeIndices<P * N>::type{});
+    store_all<N>(before.sums, typename MakeIndices<P * N>::type{});
 }
 
 // The convolution of one pass.
@@ -162,7 +162,7 @@ class Conv {
 public:
     using R = Registers<plan>;
 
-    Conv(const ConvPass& pass, const Depth& depth) : pass_(pass), depth_(depth), epilogues_{Epilogue(pass), Epilogue(pass)} {}
+    Conv(const ConvPass& pass, const Depth& depth) : pass_(pass), depth_(depth), epilogue_(pass) {}
 
     // Outputs [unit0, unit1) of 16, at some of the pixels.
     void run(int unit0, int unit1, const PixelGroups& pixels) {
@@ -177,7 +177,7 @@ public:
             at.lanes_out = lanes_written(pass_, some * kTileOutputs, pass_.active_out - first * den::kBlock);
             for (int g = 0; g < pixels.count; ++g) add(at, pixels, pixels.groups[g]);
         }
-        epilogues_[turn_ ^ 1].finish();
+        epilogue_.finish();
     }
 
 private:
@@ -193,17 +193,14 @@ private:
 
     template <int P>
     void tiles(const TileAt<bf16>& at, const PixelGroups& pixels, const PixelGroup& group) {
-        Epilogue &now = epilogues_[turn_], &before = epilogues_[turn_ ^ 1];
-        now.begin(at, R::outputs, pixels.pieces + group.first_piece, pixels.pieces + group.last_piece);
         const std::ptrdiff_t first_in = at.first_in / kChannels * pass_.in_block + at.first_in % kChannels;
-        multiply<plan, P>(pass_, group, depth_, at.weight, first_in, before, now.sums);
-        turn_ ^= 1;
+        multiply<plan, P>(pass_, group, depth_, at.weight, first_in, epilogue_);
+        epilogue_.begin(at, R::outputs, pixels.pieces + group.first_piece, pixels.pieces + group.last_piece);
     }
 
     const ConvPass& pass_;
     const Depth& depth_;
-    Epilogue epilogues_[2];
-    int turn_ = 0;
+    Epilogue epilogue_;  // of the group before
 };
 
 template <Plan plan>

@@ -51,15 +51,23 @@ private:
         }
         const Offsets<N> offset = offsets<bf16, Vec, N>(pass_, at_);
         const std::ptrdiff_t first = piece.row * pass_.out_row + channel_at(pass_, at_.first_out);
-        const std::ptrdiff_t *column = pass_.out_col + piece.col, *end = column + piece.count;
-        const auto every_pixel = [&](auto value_of) __attribute__((always_inline)) {
-            for (; column != end; ++column, from += N * kTileOutputs)
+        const std::ptrdiff_t* column = pass_.out_col + piece.col;
+        const auto pixel = [&](auto value_of) __attribute__((always_inline)) {
 #pragma GCC unroll 2
-                for (int v = 0; v < N; ++v) {
-                    const std::ptrdiff_t place = first + *column + offset.of[v];
-                    const Reg value = Vec::fma(Vec::load(from + v * kTileOutputs), mul[v], add[v]);
-                    Vec::store(pass_.out + place, Vec::at_least(floor, value_of(value, place)));
-                }
+            for (int v = 0; v < N; ++v) {
+                const std::ptrdiff_t place = first + *column + offset.of[v];
+                const Reg value = Vec::fma(Vec::load(from + v * kTileOutputs), mul[v], add[v]);
+                Vec::store(pass_.out + place, Vec::at_least(floor, value_of(value, place)));
+            }
+            ++column, from += N * kTileOutputs;
+        };
+        // By eight, so that the processor foresees the end of the loop.
+        const auto every_pixel = [&](auto value_of) __attribute__((always_inline)) {
+            int left = piece.count;
+            for (; left >= 8; left -= 8)
+#pragma GCC unroll 8
+                for (int i = 0; i < 8; ++i) pixel(value_of);
+            for (; left > 0; --left) pixel(value_of);
         };
         if (pass_.residual)
             every_pixel([&](Reg value, std::ptrdiff_t place) { return Vec::add(value, Vec::load(pass_.residual + place)); });
