@@ -37,10 +37,18 @@ public:
 
     int tiles() const { return count_ * of_line_; }
 
-    PixelTile tile(const ConvPass& pass, int index) const {
-        const int line = index / of_line_, piece = index % of_line_ * rows, start = smaller(piece, length - rows);
-        const int row = row0_ + line + start / pitch, col = start % pitch;
-        return {pass.in + row * pass.in_row + col * pass.in_pixel, row, col, piece - start};
+    // Calls take(tile) for tiles [first, last).
+    template <class Take>
+    void tiles(const ConvPass& pass, int first, int last, const Take& take) const {
+        int line = first / of_line_, place = first % of_line_ * rows;
+        for (int index = first; index < last; ++index) {
+            const int start = smaller(place, length - rows);
+            int row = row0_ + line, col = start;
+            if (joined_) row += start / pitch, col = start % pitch;
+            take(PixelTile{pass.in + row * pass.in_row + col * pass.in_pixel, row, col, place - start});
+            place += rows;
+            if (place >= length) ++line, place = 0;
+        }
     }
 
     // The taps that a tile needs. Where rows share it those in the padding add zeros.
@@ -85,24 +93,20 @@ public:
     // Tiles [first, last), by up to `most`.
     void fill(const ConvPass& pass, const Lines& lines, int first, int last, int most) {
         const int total = last - first;
-        int piece = 0;
-        count = ceil_div(total, most);
-        for (int g = 0; g < count; ++g) {
-            PixelGroup& group = groups[g];
-            const int from = first + total * g / count;
-            group.tiles = first + total * (g + 1) / count - from;
-            group.taps = {pass.taps, 0};
-            group.first_piece = piece;
-            for (int i = 0; i < group.tiles; ++i) {
-                const PixelTile tile = lines.tile(pass, from + i);
-                const den::TapRange taps = lines.taps(pass, tile);
-                group.in[i] = tile.in;
-                group.taps.begin = smaller(group.taps.begin, taps.begin);
-                group.taps.end = taps.end > group.taps.end ? taps.end : group.taps.end;
-                piece = cut(pass, lines, tile, i * kTileRows, piece);
-            }
+        int tiles = 0, piece = 0;
+        count = 0;
+        most = ceil_div(total, ceil_div(total, most));
+        lines.tiles(pass, first, last, [&](const PixelTile& tile) {
+            if (tiles % most == 0) groups[count++] = {0, {}, {pass.taps, 0}, piece, piece};
+            PixelGroup& group = groups[count - 1];
+            const den::TapRange taps = lines.taps(pass, tile);
+            group.taps.begin = smaller(group.taps.begin, taps.begin);
+            group.taps.end = taps.end > group.taps.end ? taps.end : group.taps.end;
+            group.in[group.tiles] = tile.in;
+            piece = cut(pass, lines, tile, group.tiles * kTileRows, piece);
             group.last_piece = piece;
-        }
+            ++group.tiles, ++tiles;
+        });
     }
 
 private:

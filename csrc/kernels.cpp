@@ -19,16 +19,17 @@ inline void activate(const Element* x, const float* mul, const float* add, int c
     Vec::store(out, Vec::at_least(Vec::zero(), value));
 }
 
-// One block of channels of a row, from channel c on, through relu(x * mul + add).
-void activate_block(const MapLoad& load, const Element* line, Element* out_line, int c) {
-    constexpr int vectors = den::kMapBlock<Element> / Vec::lanes;
+// Some vectors of channels of a row, inside a block, from channel c on, through relu(x * mul + add).
+template <int vectors>
+void activate_row(const MapLoad& load, const Element* line, Element* out_line, int c) {
     Vec::Reg mul[vectors], add[vectors];
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
         mul[v] = Vec::load(load.mul + c + v * Vec::lanes);
         add[v] = Vec::load(load.add + c + v * Vec::lanes);
     }
-    line += c, out_line += c / den::kMapBlock<Element> * load.out_block;
+    constexpr int block = den::kMapBlock<Element>;
+    line += c, out_line += c / block * load.out_block + c % block;
     for (int col = 0; col < load.width; ++col, line += load.in_pixel) {
         const std::ptrdiff_t place = load.out_col[col];
         if (place < 0) continue;
@@ -46,22 +47,19 @@ void load(const MapLoad& load, int row0, int row1) {
         if (!load.row_read[row]) continue;
         const Element* line = load.in + row * load.in_row;
         Element* out_line = load.out + row * load.out_row;
-        const int whole = load.mul ? load.channels / block * block : 0;
-        for (int c = 0; c < whole; c += block) activate_block(load, line, out_line, c);
-        if (load.mul && whole == load.channels) continue;
+        int done = 0;
+        if (load.mul) {
+            for (; done + block <= load.channels; done += block) activate_row<block / step>(load, line, out_line, done);
+            for (; done + step <= load.channels; done += step) activate_row<1>(load, line, out_line, done);
+            if (done == load.channels) continue;
+        }
         for (int col = 0; col < load.width; ++col) {
             if (load.out_col[col] < 0) continue;
             const Element* x = line + col * load.in_pixel;
             Element* out = out_line + load.out_col[col];
-            int c = whole;
+            int c = done;
             if (load.mul) {
-                for (; c + step <= load.channels; c += step) {
-                    const Vec::Reg value = Vec::fma(Vec::load(x + c), Vec::load(load.mul + c), Vec::load(load.add + c));
-                    Vec::store(out + (c / block) * load.out_block + c % block, Vec::at_least(Vec::zero(), value));
-                }
-                if (c < load.channels)
-                    activate(x + c, load.mul + c, load.add + c, load.channels - c,
-                             out + (c / block) * load.out_block + c % block);
+                activate(x + c, load.mul + c, load.add + c, load.channels - c, out + (c / block) * load.out_block + c % block);
             } else {
                 for (; c + block <= load.channels; c += block)
                     __builtin_memcpy(out + (c / block) * load.out_block, x + c, sizeof(Element) * block);
