@@ -6,10 +6,15 @@ namespace den {
 
 template <class T>
 BlockJob<T>::BlockJob(const BlockRunner<T>& run, std::vector<int>& owner)
+    : BlockJob(run, owner, std::vector<char>(owner.size(), true)) {}
+
+template <class T>
+BlockJob<T>::BlockJob(const BlockRunner<T>& run, std::vector<int>& owner, const std::vector<char>& some)
     : run_(run), threads_(std::max(1, run.block().threads)), team_(run.team()) {
     const ResidualBlock& block = run.block();
     for (int i = 0; i < block.samples; ++i) {
         const int n = block.order[i];
+        if (!some[n]) continue;
         (run.is_active(n) ? active_ : idle_).push_back(n);
     }
     if (run.shortcut_is_output()) idle_.clear();

@@ -16,6 +16,8 @@ public:
     // Of the runner's block and its present batch; the runner outlives the job. owner: the thread that last wrote each
     // sample's map, -1 where none did alone: it is given the sample again where it can be, and is then up to date.
     BlockJob(const BlockRunner<T>& run, std::vector<int>& owner);
+    // Of those of its samples n that have some[n] set.
+    BlockJob(const BlockRunner<T>& run, std::vector<int>& owner, const std::vector<char>& some);
 
     const ResidualBlock& block() const { return run_.block(); }
     // Whether there is nothing to compute: in place, every sample at width 0.
@@ -46,10 +48,10 @@ private:
 // Memory for jobs that run one after the other. A thread has the same place in all of them: no other has it in its cache.
 class JobMemory {
 public:
-    template <class T>
-    JobMemory(const std::vector<BlockJob<T>>& jobs, int threads) {
+    template <class Job>
+    JobMemory(const std::vector<Job>& jobs, int threads) {
         std::size_t shared = 0;
-        for (const BlockJob<T>& job : jobs) {
+        for (const Job& job : jobs) {
             own_ = std::max(own_, job.own_floats());
             shared = std::max(shared, job.shared_floats());
         }

@@ -64,6 +64,24 @@ BlockRunner<T>::BlockRunner(const ResidualBlock& block) : block_(block), kernels
 }
 
 template <class T>
+std::size_t BlockRunner<T>::weight_bytes() const {
+    std::size_t bytes = 0;
+    for (const BasicBlockedMap<T>& map : maps_) {
+        const ConvShape& conv = map.conv();
+        bytes += sizeof(T) * conv.out_channels * conv.group_in() * conv.taps();
+    }
+    return bytes;
+}
+
+template <class T>
+bool BlockRunner<T>::lays_out_as(const BlockRunner& other) const {
+    if (this == &other) return true;
+    const auto alike = [](const BasicBlockedMap<T>& a, const BasicBlockedMap<T>& b) { return a.lies_as(b); };
+    return map_at_ == other.map_at_ && reads_x_ == other.reads_x_ &&
+           std::equal(maps_.begin(), maps_.end(), other.maps_.begin(), other.maps_.end(), alike);
+}
+
+template <class T>
 bool BlockRunner<T>::can_read_x(const ConvShape& first) const {
     // In place a projection overwrites x before the first convolution; else only the last one writes, of two or three.
     if (block_.projection.weight && block_.x == block_.out) return false;

@@ -4,8 +4,8 @@
 #include <numeric>
 #include <utility>
 
-#include "block_job.h"
 #include "dispatch.h"
+#include "layers_job.h"
 #include "linear.h"
 #include "plan.h"
 #include "schedule.h"
@@ -243,10 +243,13 @@ void Chain::run_as(const T* x, T* out, const int* level, const int* order, const
     // Samples that are near each other begin with one thread, as in the loops over samples.
     std::vector<int> owner(samples);
     for (int n = 0; n < samples; ++n) owner[n] = int((long long)n * threads / samples);
-    std::vector<BlockJob<T>> jobs;
+    std::vector<LayersJob<T>> jobs;
     jobs.reserve(layers.size());
-    for (const BlockRunner<T>& runner : sized->runners)
-        if (BlockJob<T> job(runner, owner); !job.empty()) jobs.push_back(std::move(job));
+    const BlockRunner<T>*next = sized->runners.data(), *const end = next + sized->runners.size();
+    for (const BlockRunner<T>* first = next; first != end; first = next) {
+        next = LayersJob<T>::last_of(first, end);
+        if (LayersJob<T> job(first, next, owner); !job.empty()) jobs.push_back(std::move(job));
+    }
     const JobMemory memory(jobs, threads);
     std::vector<Linear<T>> head;
     const int channels = layers.back().convs.back().out_channels;
@@ -254,9 +257,9 @@ void Chain::run_as(const T* x, T* out, const int* level, const int* order, const
     T* features = head.empty() ? out : elements<T>(scratch(Scratch::kFeatures, head[0].features_floats()));
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        for (const BlockJob<T>& job : jobs) {
+        for (const LayersJob<T>& job : jobs) {
             job.work(memory.own(), memory.shared());
-            if (job.block().max_pool) pool_largest<T>(job.block());
+            if (job.last_layer().max_pool) pool_largest<T>(job.last_layer());
         }
         if (pooled_) average(layers.back(), pool_, features, head.empty() ? channels : head[0].pitch());
         for (const Linear<T>& linear : head) linear.work(features, out, threads);

@@ -1,6 +1,7 @@
 #include "geometry.h"
 
 #include <algorithm>
+#include <tuple>
 
 namespace den {
 
@@ -73,6 +74,16 @@ void BasicBlockedMap<T>::zero_beside_lines(T* map) const {
         std::fill_n(line, left, T{});
         std::fill_n(line + left + filled, row_pitch_ - left - filled, T{});
     }
+}
+
+template <class T>
+bool BasicBlockedMap<T>::lies_as(const BasicBlockedMap& other) const {
+    const auto size = [](const BasicBlockedMap& map) {
+        const ConvShape& conv = map.conv_;
+        return std::make_tuple(conv.in_channels, conv.height, conv.width, conv.padding.y, conv.padding.x, map.slack_.y,
+                               map.slack_.x, map.lines_, map.row_pitch_, map.block_pitch_, map.columns_.size());
+    };
+    return size(*this) == size(other) && columns_ == other.columns_;
 }
 
 template <class T>

@@ -85,6 +85,9 @@ public:
     const std::ptrdiff_t* read_columns() const { return read_columns_.data() + conv_.padding.x; }
     const char* read_rows() const { return read_rows_.data() + conv_.padding.y; }
 
+    // Whether image and zeros are where they are in the other.
+    bool lies_as(const BasicBlockedMap& other) const;
+
     // Writes the zeros around the image of the first `channels` channels (lines: of all). Nothing else ever writes them.
     void zero_border(T* map, int channels) const;
 

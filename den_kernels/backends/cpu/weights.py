@@ -26,8 +26,8 @@ def winograd_tile(weight: Tensor, stride: int, groups: int, batch_class: int) ->
     """Outputs a side of the Winograd tiles that a convolution is computed with; 0: directly.
 
     weight: [C_out, C_in / groups, K, K]. batch_class: how many of `TILE_BOUNDS` the batch's tiles are below. Decided by
-    dtype, shape and batch size alone, so that a sample's result does not depend on its batch mates, and by the instruction
-    set: tiles of AMX multiply faster than transforms take.
+    dtype, shape and batch size alone, so that a sample's result does not depend on its batch mates, and by the
+    instruction set: tiles of AMX multiply faster than transforms take.
     """
     if not extension().winograd_wins(DTYPES[weight.dtype]):
         return 0
