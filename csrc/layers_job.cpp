@@ -15,7 +15,8 @@ constexpr std::size_t kHeldWeights = 1 << 20;
 template <class T>
 const BlockRunner<T>* LayersJob<T>::last_of(const BlockRunner<T>* first, const BlockRunner<T>* end) {
     const BlockRunner<T>* last = first + 1;
-    if (kernels<T>().winograd_wins || first->block().max_pool || first->team() > 1) return last;
+    // One sample alone is shared by all threads.
+    if (kernels<T>().winograd_wins || first->block().samples < 2 || first->block().max_pool || first->team() > 1) return last;
     std::size_t weights = first->weight_bytes();
     for (; last != end; ++last) {
         const ResidualBlock& block = last->block();
