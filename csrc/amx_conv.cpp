@@ -14,6 +14,7 @@ namespace {
 
 constexpr int kChannels = den::kMapBlock<bf16>;  // input channels of a whole tile
 constexpr int kRowBytes = 64;
+constexpr int kHeldWeights = 1 << 20;            // bytes that stay in the second cache
 
 // The input channels of a group: whole blocks, then a ragged one.
 struct Depth {
@@ -166,6 +167,23 @@ public:
 
     // Outputs [unit0, unit1) of 16, at some of the pixels.
     void run(int unit0, int unit1, const PixelGroups& pixels) {
+        // A pixel that one tap reads is best read, and written, once. Not if all weights pass by for each group of pixels.
+        const std::ptrdiff_t weight_bytes = std::ptrdiff_t(unit1 - unit0) * weight_block_of(pass_) * sizeof(bf16);
+        if (plan == Plan::kPlain && weight_bytes <= kHeldWeights) {
+            for (int g = 0; g < pixels.count; ++g)
+                each_output(unit0, unit1, [&](const TileAt<bf16>& at) { add(at, pixels, pixels.groups[g]); });
+        } else {
+            each_output(unit0, unit1, [&](const TileAt<bf16>& at) {
+                for (int g = 0; g < pixels.count; ++g) add(at, pixels, pixels.groups[g]);
+            });
+        }
+        epilogue_.finish();
+    }
+
+private:
+    // Calls take(place) for outputs that are summed together.
+    template <class Take>
+    void each_output(int unit0, int unit1, const Take& take) const {
         const int units = ceil_div(pass_.group_out, den::kBlock), active = ceil_div(pass_.active_out, den::kBlock);
         for (int unit = unit0, some; unit < unit1; unit += some) {
             const int group = unit / active, first = unit % active;
@@ -175,12 +193,10 @@ public:
             at.first_in = group * pass_.group_in;
             at.first_out = group * pass_.group_out + first * den::kBlock;
             at.lanes_out = lanes_written(pass_, some * kTileOutputs, pass_.active_out - first * den::kBlock);
-            for (int g = 0; g < pixels.count; ++g) add(at, pixels, pixels.groups[g]);
+            take(at);
         }
-        epilogue_.finish();
     }
 
-private:
     void add(const TileAt<bf16>& at, const PixelGroups& pixels, const PixelGroup& group) {
         switch (group.tiles) {
             case 1: return tiles<1>(at, pixels, group);

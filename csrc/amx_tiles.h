@@ -54,7 +54,7 @@ inline __attribute__((always_inline)) void add_product() {
 namespace amx {
 
 // A core that multiplies tiles and nothing else for some 2000 cycles puts its vector units to sleep; the next store of a tile
-// then waits 1100 for them (measured on a Granite Rapids).
+// then waits 1100 for them (measured on the Xeon of docs/cpu-kernels.md).
 inline __attribute__((always_inline)) void keep_vectors_awake() { __asm__ volatile("vaddps %%zmm0, %%zmm0, %%zmm0" ::: "xmm0"); }
 
 }  // namespace amx
