@@ -215,6 +215,21 @@ def test_a_chain_serves_several_callers_and_sizes_at_once(isa):
             assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@isas
+def test_a_sample_in_a_chain_does_not_depend_on_batch_mates_or_threads(isa, dtype):
+    """Whether a thread takes it through all layers or shares it in each."""
+    cpu.set_isa(isa)
+    chain = make_chain("cpu", dtype, "norm", channels=40, max_pool=True)
+    x, level = images(7, dtype, (12, 19)), torch.randint(len(WIDTHS), (7, 2))
+    level[2], level[5] = 0, len(WIDTHS) - 1
+    wanted = torch.cat([chain(x[n : n + 1], level[n : n + 1]) for n in range(7)])
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        assert torch.equal(chain(x, level), wanted), f"{threads} threads"
+        assert torch.equal(chain(x.flip(0), level.flip(0)), wanted.flip(0)), f"{threads} threads, in another order"
+
+
 def test_what_a_chain_refuses():
     first, second = (make_chain(name, torch.float32, "map").layers[0] for name in ("grouped", "reference"))
     with pytest.raises(ValueError, match="a chain takes layers of one"):

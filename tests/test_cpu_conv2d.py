@@ -164,6 +164,45 @@ def test_a_map_larger_than_the_cache(isa, dtype, kernel, stride, padding, dilati
     assert torch.equal(*results)
 
 
+# What tiles of pixels and channels meet: channels, their widths, outputs, their widths, size, kernel, groups.
+FORMS = {
+    "channels of less than a tile": (64, (16, 30), 32, (32, 16), (16, 16), 3, 1),
+    "whole tiles and a part": (80, (80, 34), 48, (48, 17), (9, 17), 3, 1),
+    "a width inside a pair": (40, (33, 7), 16, (16, 9), (8, 8), 3, 1),
+    "rows joined over their padding": (32, (32, 16), 33, (33, 8), (7, 4), 3, 1),
+    "one pixel": (64, (64, 32), 64, (64, 48), (1, 1), 3, 1),
+    "more tiles than are listed at once": (32, (32, 32), 16, (16, 16), (70, 23), 3, 1),
+    "1x1, pixel by pixel": (96, (96, 64), 64, (64, 32), (30, 21), 1, 1),
+    "1x1, outputs one by one": (64, (64, 16), 80, (80, 48), (13, 5), 1, 1),
+    "1x1 of many weights": (1056, (1056, 64), 544, (544, 512), (3, 5), 1, 1),
+    "groups of a block": (128, None, 96, None, (8, 9), 3, 4),
+    "groups inside a block": (64, None, 64, None, (6, 16), 3, 8),
+    "groups across blocks": (96, None, 48, None, (6, 5), 3, 4),
+}
+
+
+@isas
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_bfloat16_of_every_form(isa, form) -> None:
+    channels, in_widths, outputs, out_widths, size, kernel, groups = form
+    cpu.set_isa(isa)
+    torch.manual_seed(0)
+    x = torch.randn(2, channels, *size).bfloat16().contiguous(memory_format=torch.channels_last)
+    weight = (torch.randn(outputs, channels // groups, kernel, kernel) * 0.1).bfloat16()
+    in_width, out_width = (None if widths is None else torch.tensor(widths) for widths in (in_widths, out_widths))
+    expected = reference.den_conv2d(
+        x.double(), weight.double(), None, in_width, out_width, padding=kernel // 2, groups=groups
+    )
+    poison(x, in_width)
+    results = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        y = cpu.conv2d(x, weight, None, in_width, out_width, (1, 1), (kernel // 2,) * 2, (1, 1), groups)
+        torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=3e-5 * float(expected.abs().max()))
+        results.append(y)
+    assert torch.equal(*results), "cutting the work for threads changes no bit"
+
+
 @isas
 @dtypes
 @pytest.mark.parametrize("width", [8, 27])
