@@ -77,7 +77,7 @@ struct Factors {
     std::ptrdiff_t weight_block;  // elements from 16 outputs to the next
 };
 
-// Asks for the weights of some steps later. Tiles are read as fast as no prefetcher follows them from beyond the second cache.
+// Asks for the weights of some steps later, into the second cache: no prefetcher is as fast as tiles.
 template <int N>
 inline __attribute__((always_inline)) void ask_ahead(const bf16* w, std::ptrdiff_t weight_block) {
     constexpr std::ptrdiff_t row = kRowBytes / sizeof(bf16), ahead = 16 * 16 * row;
@@ -93,7 +93,7 @@ inline __attribute__((always_inline)) void add_step(const Factors<P>& f, std::pt
     constexpr bool mixed = plan == Plan::kMixed;
     constexpr int N = R::outputs, weights = R::weights + (mixed && second);
     amx::load<weights>(w, kRowBytes);
-
+    ask_ahead<N>(w, f.weight_block);
     if constexpr (N == 2) amx::load<weights + 1>(w + f.weight_block, kRowBytes);
     (
         [&]() __attribute__((always_inline)) {

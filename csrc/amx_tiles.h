@@ -18,7 +18,9 @@ struct alignas(64) Config {
     std::uint16_t row_bytes[16] = {};
     std::uint8_t rows[16] = {};
 
-    void set(int tile, int tile_rows, int bytes) { rows[tile] = std::uint8_t(tile_rows), row_bytes[tile] = std::uint16_t(bytes); }
+    void set(int tile, int tile_rows, int bytes) {
+        rows[tile] = std::uint8_t(tile_rows), row_bytes[tile] = std::uint16_t(bytes);
+    }
 };
 
 inline void configure(const Config& config) { __asm__ volatile("ldtilecfg %0" ::"m"(config)); }
@@ -53,8 +55,10 @@ inline __attribute__((always_inline)) void add_product() {
 
 namespace amx {
 
-// A core that multiplies tiles and nothing else for some 2000 cycles puts its vector units to sleep; the next store of a tile
-// then waits 1100 for them (measured on the Xeon of docs/cpu-kernels.md).
-inline __attribute__((always_inline)) void keep_vectors_awake() { __asm__ volatile("vaddps %%zmm0, %%zmm0, %%zmm0" ::: "xmm0"); }
+// A core that multiplies tiles and nothing else for some 2000 cycles puts its vector units to sleep; the next store of a
+// tile then waits 1100 for them ("Tiles of AMX" in docs/cpu-kernels.md).
+inline __attribute__((always_inline)) void keep_vectors_awake() {
+    __asm__ volatile("vaddps %%zmm0, %%zmm0, %%zmm0" ::: "xmm0");
+}
 
 }  // namespace amx

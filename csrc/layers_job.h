@@ -1,5 +1,5 @@
-// Some consecutive layers of one batch, ready to be computed: in one go for the samples that a thread takes through all of them,
-// layer by layer for those that all threads share.
+// Some consecutive layers of one batch, ready to be computed: in one go for the samples that a thread takes through all of
+// them, layer by layer for those that all threads share.
 //
 // Layers that follow each other with a barrier between them send all maps of a batch through the caches for each layer, and
 // let threads wait for the slower of them in each. Where multiplying is fast (tiles of AMX) that is what counts.
