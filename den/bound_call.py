@@ -60,6 +60,7 @@ class BoundCall:
 
     def __init__(self, model: FrozenDEN, task: str, run: Bound, choose: Bound | None):
         self._task, self._run, self._choose = task, run, choose
+        self._dtype = model.dtype
         self._head, self._selector = model.heads[task], model.selector
         self._selector_head = getattr(model.selector, "head", None)
         self._blocks, self._levels = model.num_blocks, model.num_levels
@@ -82,8 +83,8 @@ class BoundCall:
 
     def __call__(self, x: Tensor, level: LevelLike | None) -> DENOutput:
         """As `FrozenDEN.forward`, for the task."""
-        if not x.is_contiguous(memory_format=torch.channels_last):
-            x = x.contiguous(memory_format=torch.channels_last)
+        if x.dtype is not self._dtype or not x.is_contiguous(memory_format=torch.channels_last):
+            x = x.to(self._dtype, memory_format=torch.channels_last)
         if level is not None:
             level_NB = check_level(level, x, self._blocks, self._levels, checked_later=True).contiguous()
             return DENOutput(self._run(x, level_NB), level_NB, None)
@@ -95,13 +96,12 @@ class BoundCall:
 
 
 def bind_call(model: FrozenDEN, x: Tensor, task: str | None) -> BoundCall | None:
-    """The call for a task and images like x; None where images are converted first."""
+    """The call for a task and images like x; None where a part of the model is to be called in full."""
     from den.freeze import FrozenSelector
 
     task = check_task(task, model.tasks)
     check_images(x, model.in_channels, model.device, "this model was frozen for")
-    if x.dtype != model.dtype:
-        return None
+    x = x.to(model.dtype)  # as the call does
     stride = stem_stride(x.shape[2], x.shape[3], model.base_size)
     run = model.trunk.bind(x, model.set_index[task], stride, model.heads[task])
     if run is None:

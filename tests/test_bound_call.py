@@ -27,9 +27,10 @@ def is_kept(frozen: den.FrozenDEN) -> bool:
 
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_results_are_those_of_the_full_call(make, dtype):
+@pytest.mark.parametrize("given_as", [torch.float32, torch.bfloat16], ids=lambda dtype: f"images in {dtype}")
+def test_results_are_those_of_the_full_call(make, dtype, given_as):
     frozen = den.freeze(make(TWO_TASKS, task_norm="per_task"), dtype, backend="cpu")
-    x = torch.randn(5, *image_shape(make)).to(dtype)
+    x = torch.randn(5, *image_shape(make)).to(given_as)
     levels = torch.randint(frozen.num_levels, (frozen.num_blocks, 5)).T  # not contiguous
     for task in TWO_TASKS:
         for level in (None, levels, levels[0], levels[1].tolist(), levels.to(torch.int32)):
