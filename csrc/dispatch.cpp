@@ -3,10 +3,8 @@
 #include <atomic>
 #include <stdexcept>
 
-#if defined(DEN_X86)
+#if defined(DEN_AMX) && defined(__linux__)
 #include <cpuid.h>
-#endif
-#if defined(DEN_X86) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -33,7 +31,7 @@ struct Isa {
     const TrainingKernels& training;
 };
 
-#if defined(DEN_X86)
+#if defined(DEN_AMX)
 
 // Whether this machine multiplies bf16 tiles and the system, asked here, lets this process use their registers.
 bool amx_permitted() {
@@ -74,7 +72,9 @@ std::vector<Isa> detect() {
 #else
     const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
+#if defined(DEN_AMX)
     if (avx512_bf16 && amx_permitted()) found.push_back({"amx_bf16", kernels_float_avx512, amx_kernels(), training_avx512});
+#endif
     if (avx512_bf16)
         found.push_back({"avx512_bf16", kernels_float_avx512, kernels_bf16_avx512_bf16, training_avx512});
     if (avx512) found.push_back({"avx512", kernels_float_avx512, kernels_bf16_avx512, training_avx512});
