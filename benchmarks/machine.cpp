@@ -10,6 +10,14 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "../csrc/amx_tiles.h"
+#define TILES
+#endif
 
 namespace {
 
@@ -83,6 +91,35 @@ __attribute__((target("avx2,fma"))) void fma_256() {
 
 #endif
 
+#if defined(TILES)
+
+// Whether there are tiles of bf16 for this process: CPUID, and the system's permission (ARCH_REQ_XCOMP_PERM, XTILEDATA).
+bool tiles_permitted() {
+    unsigned eax, ebx, ecx, edx = 0;
+    const unsigned both = 1u << 22 | 1u << 24;
+    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & both) == both && !syscall(SYS_arch_prctl, 0x1023, 18);
+}
+
+constexpr int kTileSteps = 50000;
+
+// Of values that differ: a core multiplies zeros faster than these.
+void products_of_tiles() {
+    amx::Config config;
+    for (int tile = 0; tile < 8; ++tile) config.set(tile, 16, 64);
+    alignas(64) static unsigned short values[2][512];
+    for (int i = 0; i < 512; ++i) values[0][i] = 0x3c00 + i * 37 % 256, values[1][i] = 0xbc00 + i * 53 % 256;
+    amx::configure(config);
+    amx::clear<0>(), amx::clear<1>(), amx::clear<2>(), amx::clear<3>();
+    amx::load<4>(values[0], 64), amx::load<5>(values[1], 64), amx::load<6>(values[1], 64), amx::load<7>(values[0], 64);
+    for (int i = 0; i < kTileSteps; ++i) {
+        amx::add_product<0, 4, 6>(), amx::add_product<1, 4, 7>();
+        amx::add_product<2, 5, 6>(), amx::add_product<3, 5, 7>();
+    }
+    amx::release();
+}
+
+#endif
+
 // Reads all of it, eight lines at a time.
 void read(const char* memory, std::size_t bytes) {
     typedef long long Line __attribute__((vector_size(32)));
@@ -114,6 +151,11 @@ int main() {
         print_rate("fp32 avx512 GFLOP/s", 32 * steps / fastest(50, fma_512), first), first = false;
     if (__builtin_cpu_supports("avx512bf16"))
         print_rate("bf16 avx512_bf16 GFLOP/s", 64 * steps / fastest(50, fma_bf16), first), first = false;
+#endif
+#if defined(TILES)
+    const double products = 4e-9 * kTileSteps;  // of 16 x 16 x 32 multiply-adds
+    if (tiles_permitted())
+        print_rate("bf16 amx GFLOP/s", 2 * 8192 * products / fastest(50, products_of_tiles), first), first = false;
 #endif
     struct Level {
         const char* name;
