@@ -41,37 +41,47 @@ void activate_row(const MapLoad& load, const Element* line, Element* out_line, i
     }
 }
 
+// `channels` channels of a row as they are, inside a block, from channel c on.
+template <int channels>
+void copy_row(const MapLoad& load, const Element* line, Element* out_line, int c) {
+    constexpr int block = den::kMapBlock<Element>;
+    line += c, out_line += c / block * load.out_block + c % block;
+    for (int col = 0; col < load.width; ++col, line += load.in_pixel)
+        if (load.out_col[col] >= 0) __builtin_memcpy(out_line + load.out_col[col], line, sizeof(Element) * channels);
+}
+
+// The channels of a row from c on, fewer than a vector.
+void load_ragged(const MapLoad& load, const Element* line, Element* out_line, int c) {
+    constexpr int block = den::kMapBlock<Element>;
+    const int left = load.channels - c;
+    line += c, out_line += c / block * load.out_block + c % block;
+    for (int col = 0; col < load.width; ++col, line += load.in_pixel) {
+        if (load.out_col[col] < 0) continue;
+        Element* out = out_line + load.out_col[col];
+        if (load.mul) {
+            activate(line, load.mul + c, load.add + c, left, out);
+        } else {
+            for (int i = 0; i < left; ++i) out[i] = line[i];
+            if (left % den::kWord<Element>) out[left] = Element{};
+        }
+    }
+}
+
 void load(const MapLoad& load, int row0, int row1) {
     constexpr int step = Vec::lanes, block = den::kMapBlock<Element>;
     for (int row = row0; row < row1; ++row) {
         if (!load.row_read[row]) continue;
         const Element* line = load.in + row * load.in_row;
         Element* out_line = load.out + row * load.out_row;
-        int done = 0;
+        int c = 0;
         if (load.mul) {
-            for (; done + block <= load.channels; done += block) activate_row<block / step>(load, line, out_line, done);
-            for (; done + step <= load.channels; done += step) activate_row<1>(load, line, out_line, done);
-            if (done == load.channels) continue;
+            for (; c + block <= load.channels; c += block) activate_row<block / step>(load, line, out_line, c);
+            for (; c + step <= load.channels; c += step) activate_row<1>(load, line, out_line, c);
+        } else {
+            for (; c + block <= load.channels; c += block) copy_row<block>(load, line, out_line, c);
+            for (; c + step <= load.channels; c += step) copy_row<step>(load, line, out_line, c);
         }
-        for (int col = 0; col < load.width; ++col) {
-            if (load.out_col[col] < 0) continue;
-            const Element* x = line + col * load.in_pixel;
-            Element* out = out_line + load.out_col[col];
-            int c = done;
-            if (load.mul) {
-                activate(x + c, load.mul + c, load.add + c, load.channels - c, out + (c / block) * load.out_block + c % block);
-            } else {
-                for (; c + block <= load.channels; c += block)
-                    __builtin_memcpy(out + (c / block) * load.out_block, x + c, sizeof(Element) * block);
-                if (c < load.channels) {
-                    Element* last = out + (c / block) * load.out_block - c;
-                    for (; c + step <= load.channels; c += step)
-                        __builtin_memcpy(last + c, x + c, sizeof(Element) * step);
-                    for (; c < load.channels; ++c) last[c] = x[c];
-                    if (c % den::kWord<Element>) last[c] = Element{};
-                }
-            }
-        }
+        if (c < load.channels) load_ragged(load, line, out_line, c);
     }
 }
 
