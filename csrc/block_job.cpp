@@ -26,7 +26,7 @@ BlockJob<T>::BlockJob(const BlockRunner<T>& run, std::vector<int>& owner, const 
         if (i % team_ == 0) cost.push_back(0);
         cost.back() += run.cost(active_[i]);
     }
-    whole_ = count_whole(cost, threads_);
+    whole_ = count_whole(cost, threads_, run.sharing());
     cost.resize(whole_);
     std::vector<int> wanted;
     for (int i = 0; i < whole_; ++i) wanted.push_back(owner[active_[i * team_]]);

@@ -41,7 +41,7 @@ LayersJob<T>::LayersJob(const BlockRunner<T>* first, const BlockRunner<T>* last,
         std::stable_sort(whole_.begin(), whole_.end(), [&](int a, int b) { return cost[a] > cost[b]; });
         std::vector<double> dearest_first;
         for (int n : whole_) dearest_first.push_back(cost[n]);
-        const int count = count_whole(dearest_first, threads);
+        const int count = count_whole(dearest_first, threads, first->sharing());
         whole_.resize(count), dearest_first.resize(count);
         std::vector<int> wanted;
         for (int n : whole_) wanted.push_back(owner[n]);

@@ -50,11 +50,9 @@ float* scratch(Scratch kind, std::size_t floats) {
     return start;
 }
 
-int count_whole(const std::vector<double>& cost, int threads) {
+int count_whole(const std::vector<double>& cost, int threads, double sharing) {
     const int n = int(cost.size());
     if (threads == 1) return n;
-    // Work shared inside a sample waits at a barrier after each convolution: a little dearer.
-    constexpr double kSharing = 1.05;
     double rest = 0;
     for (double c : cost) rest += c;
     std::vector<double> load(threads, 0.0);
@@ -72,7 +70,7 @@ int count_whole(const std::vector<double>& cost, int threads) {
         // All threads go on to the shared samples as soon as they are free.
         double busy = 0;
         for (double l : load) busy += l;
-        const double time = std::max(longest, (busy + kSharing * rest) / threads);
+        const double time = std::max(longest, (busy + sharing * rest) / threads);
         if (best_time < 0 || time <= best_time) best_time = time, best = whole;
     }
     return best;

@@ -34,9 +34,13 @@ T* elements(float* memory) {
     return reinterpret_cast<T*>(memory);
 }
 
+// How much dearer work is that threads share inside a sample: they wait at a barrier after each convolution, which weighs
+// more where tiles of AMX make that short.
+constexpr double kSharing = 1.05, kSharingOfTiles = 1.2;
+
 // Given the cost of each sample, dearest first: how many of them run whole, one thread each. The others, too few to
 // keep all threads busy, are then run by all threads together. Only time depends on the answer, no result.
-int count_whole(const std::vector<double>& cost, int threads);
+int count_whole(const std::vector<double>& cost, int threads, double sharing = kSharing);
 
 // Pieces of work by the thread that they are meant for. A thread that has done its own takes those that others have not
 // begun: only time depends on who does what.
