@@ -9,14 +9,9 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-#endif
-#if defined(__x86_64__) && defined(__linux__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
+#include "../csrc/amx_permission.h"
 #include "../csrc/amx_tiles.h"
-#define TILES
 #endif
 
 namespace {
@@ -89,17 +84,6 @@ __attribute__((target("avx2,fma"))) void fma_256() {
     for (int c = 0; c < kChains; ++c) sink = _mm256_cvtss_f32(sum[c]);
 }
 
-#endif
-
-#if defined(TILES)
-
-// Whether there are tiles of bf16 for this process: CPUID, and the system's permission (ARCH_REQ_XCOMP_PERM, XTILEDATA).
-bool tiles_permitted() {
-    unsigned eax, ebx, ecx, edx = 0;
-    const unsigned both = 1u << 22 | 1u << 24;
-    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & both) == both && !syscall(SYS_arch_prctl, 0x1023, 18);
-}
-
 constexpr int kTileSteps = 50000;
 
 // Of values that differ: a core multiplies zeros faster than these.
@@ -151,10 +135,8 @@ int main() {
         print_rate("fp32 avx512 GFLOP/s", 32 * steps / fastest(50, fma_512), first), first = false;
     if (__builtin_cpu_supports("avx512bf16"))
         print_rate("bf16 avx512_bf16 GFLOP/s", 64 * steps / fastest(50, fma_bf16), first), first = false;
-#endif
-#if defined(TILES)
     const double products = 4e-9 * kTileSteps;  // of 16 x 16 x 32 multiply-adds
-    if (tiles_permitted())
+    if (amx::permitted())
         print_rate("bf16 amx GFLOP/s", 2 * 8192 * products / fastest(50, products_of_tiles), first), first = false;
 #endif
     struct Level {

@@ -14,7 +14,6 @@ namespace {
 
 constexpr int kChannels = den::kMapBlock<bf16>;  // input channels of a whole tile
 constexpr int kRowBytes = 64;
-constexpr int kHeldWeights = 1 << 20;            // bytes that stay in the second cache
 
 // The input channels of a group: whole blocks, then a ragged one.
 struct Depth {
@@ -169,7 +168,7 @@ public:
     void run(int unit0, int unit1, const PixelGroups& pixels) {
         // A pixel that one tap reads is best read, and written, once. Not if all weights pass by for each group of pixels.
         const std::ptrdiff_t weight_bytes = std::ptrdiff_t(unit1 - unit0) * weight_block_of(pass_) * sizeof(bf16);
-        if (plan == Plan::kPlain && weight_bytes <= kHeldWeights) {
+        if (plan == Plan::kPlain && weight_bytes <= den::kHeldWeights) {
             for (int g = 0; g < pixels.count; ++g)
                 each_output(unit0, unit1, [&](const TileAt<bf16>& at) { add(at, pixels, pixels.groups[g]); });
         } else {

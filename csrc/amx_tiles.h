@@ -35,7 +35,9 @@ inline __attribute__((always_inline)) void clear() {
 // `stride`: bytes from row to row.
 template <int Tile>
 inline __attribute__((always_inline)) void load(const void* from, std::ptrdiff_t stride) {
-    __asm__ volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(Tile), "r"(from), "r"(stride));
+    // The last operand tells the compiler that memory is read.
+    const auto& memory = *static_cast<const char(*)[]>(from);
+    __asm__ volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(Tile), "r"(from), "r"(stride), "m"(memory));
 }
 
 template <int Tile>

@@ -30,7 +30,7 @@ using den::with_element;
 
 bool winograd_wins(const std::string& dtype) {
     bool wins = false;
-    with_element(dtype, [&](auto element) { wins = den::kernels<decltype(element)>().winograd_wins; });
+    with_element(dtype, [&](auto element) { wins = !den::kernels<decltype(element)>().tiles; });
     return wins;
 }
 

@@ -35,7 +35,7 @@ public:
     // Samples that one thread computes together, so that the weights in its cache serve enough tiles.
     int team() const { return team_; }
     double cost(int n) const;
-    double sharing() const { return kernels_.winograd_wins ? kSharing : kSharingOfTiles; }  // of `count_whole`
+    double sharing() const { return kernels_.tiles ? kSharingOfTiles : kSharing; }  // of `count_whole`
     std::size_t weight_bytes() const;  // of all convolutions, at full width
     // Whether the maps of both lie alike in a workspace: the zeros around those of one are then the other's.
     bool lays_out_as(const BlockRunner& other) const;

@@ -3,13 +3,10 @@
 #include <atomic>
 #include <stdexcept>
 
-#if defined(DEN_AMX) && defined(__linux__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 #include "amx_conv.h"
+#if defined(DEN_AMX)
+#include "amx_permission.h"
+#endif
 
 namespace den {
 
@@ -33,27 +30,18 @@ struct Isa {
 
 #if defined(DEN_AMX)
 
-// Whether this machine multiplies bf16 tiles and the system, asked here, lets this process use their registers.
-bool amx_permitted() {
 #if defined(DEN_EMULATE_AMX)
-    return true;
-#elif defined(__linux__)
-    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // CPUID 7.0, EDX
-    constexpr long kAskFor = 0x1023, kTileData = 18;        // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    unsigned eax, ebx, ecx, edx = 0;
-    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(edx & kBf16) || !(edx & kTile)) return false;
-    return syscall(SYS_arch_prctl, kAskFor, kTileData) == 0;
+bool amx_permitted() { return true; }
 #else
-    return false;
+bool amx_permitted() { return amx::permitted(); }
 #endif
-}
 
 // The kernels of AVX512-BF16, but for convolutions.
 const BasicKernels<bf16>& amx_kernels() {
     static const BasicKernels<bf16> kernels = [] {
         BasicKernels<bf16> amx = kernels_bf16_avx512_bf16;
         amx.conv = amx_conv;
-        amx.winograd_wins = false;
+        amx.tiles = true;
         return amx;
     }();
     return kernels;

@@ -230,6 +230,6 @@ namespace den {
 
 extern const WinogradKernels<Element> DEN_WINOGRAD;
 extern const BasicKernels<Element> DEN_TABLE;
-const BasicKernels<Element> DEN_TABLE = {conv, load, pool, shortcut, max_pool, &DEN_WINOGRAD, true};
+const BasicKernels<Element> DEN_TABLE = {conv, load, pool, shortcut, max_pool, &DEN_WINOGRAD, false};
 
 }  // namespace den

@@ -24,6 +24,8 @@ constexpr int kBlock = 16;                                   // outputs in a blo
 template <class T> constexpr int kWord = 4 / sizeof(T);      // channels in a word
 template <class T> constexpr int kMapBlock = 64 / sizeof(T);  // channels in a block of a map; also a row of weights
 
+constexpr int kHeldWeights = 1 << 20;  // bytes of weights that stay in the second cache while maps pass
+
 struct TapRange {
     int begin, end;
 };
@@ -114,7 +116,8 @@ struct BasicKernels {
     void (*shortcut)(const BasicShortcut<T>& shortcut, int row0, int row1);  // of the output
     void (*max_pool)(const BasicMaxPool<T>& pool, int row0, int row1);       // of the output
     const WinogradKernels<T>* winograd;
-    bool winograd_wins;  // over `conv`, where both can compute a layer
+    // Whether `conv` multiplies tiles (AMX), so fast that Winograd's transforms do not pay and that waiting counts.
+    bool tiles;
 };
 
 using ConvPass = BasicConvPass<float>;

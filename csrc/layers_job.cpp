@@ -5,23 +5,16 @@
 
 namespace den {
 
-namespace {
-
-// Weights that stay in the second cache while samples pass: layers of more are not joined.
-constexpr std::size_t kHeldWeights = 1 << 20;
-
-}  // namespace
-
 template <class T>
 const BlockRunner<T>* LayersJob<T>::last_of(const BlockRunner<T>* first, const BlockRunner<T>* end) {
     const BlockRunner<T>* last = first + 1;
     // One sample alone is shared by all threads.
-    if (kernels<T>().winograd_wins || first->block().samples < 2 || first->block().max_pool || first->team() > 1) return last;
+    if (!kernels<T>().tiles || first->block().samples < 2 || first->block().max_pool || first->team() > 1) return last;
     std::size_t weights = first->weight_bytes();
     for (; last != end; ++last) {
         const ResidualBlock& block = last->block();
         weights += last->weight_bytes();
-        if (block.x != block.out || block.max_pool || last->team() > 1 || weights > kHeldWeights) break;
+        if (block.x != block.out || block.max_pool || last->team() > 1 || weights > std::size_t(kHeldWeights)) break;
     }
     return last;
 }

@@ -105,7 +105,7 @@ private:
 template <class T>
 bool winograd_suits(const Conv2d<T>& args) {
     const ConvShape& s = args.shape;
-    if (!kernels<T>().winograd_wins) return false;
+    if (kernels<T>().tiles) return false;
     if (s.kernel.y != 3 || s.kernel.x != 3 || s.stride.y != 1 || s.stride.x != 1 || s.dilation.y != 1 ||
         s.dilation.x != 1 || s.groups != 1 || std::min(s.in_channels, s.out_channels) < kFewestChannels)
         return false;

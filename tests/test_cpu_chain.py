@@ -4,13 +4,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from cpu_cases import FunctionRecorder, Recorder, isas
+from cpu_cases import FunctionRecorder, Recorder, dtypes, isas
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import den_kernels as dk
 from den_kernels.backends import cpu
+from den_kernels.backends.cpu.weights import winograd_tile
 
 BACKENDS = [name for name in dk.available_backends() if name not in ("reference", "triton")]
 WIDTHS = (0, 5, 12)
@@ -228,6 +229,27 @@ def test_a_sample_in_a_chain_does_not_depend_on_batch_mates_or_threads(isa, dtyp
         torch.set_num_threads(threads)
         assert torch.equal(chain(x, level), wanted), f"{threads} threads"
         assert torch.equal(chain(x.flip(0), level.flip(0)), wanted.flip(0)), f"{threads} threads, in another order"
+
+
+@dtypes
+@isas
+def test_a_block_frozen_for_one_instruction_set_runs_on_all(isa, dtype):
+    """The form of its weights is that set's choice: Winograd's, but for bfloat16 where tiles of AMX multiply it."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [(torch.randn(32, 32, 3, 3, generator=generator) / 17).to(dtype) for _ in range(2)]
+    tables = [torch.ones(1, 2, 32)] * 2, [torch.zeros(1, 2, 32)] * 2
+    x = torch.randn(3, 32, 16, 16, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last)
+    plan = dk.plan_levels(torch.tensor([[1], [0], [1]]), 2).block(0)
+    form = {"widths": (16, 32), "strides": [1, 1], "relu": True}
+    wanted = dk.FusedResidualBlock(weights, *tables, **form, backend="reference")(x.clone(), *plan)
+    cpu.set_isa(isa)
+    assert winograd_tile(weights[0], 1, 1, 0) == (4 if dtype == torch.float32 else 0 if isa == "amx_bf16" else 2)
+    block = dk.FusedResidualBlock(weights, *tables, **form, backend="cpu")
+    for other in cpu.supported_isas():
+        cpu.set_isa(other)
+        y = block(x.clone(memory_format=torch.channels_last), *plan).float()
+        atol = (1e-3 if dtype == torch.float32 else 2e-2) * float(wanted.float().abs().max())
+        torch.testing.assert_close(y, wanted.float(), rtol=0, atol=atol, msg=f"frozen for {isa}, run on {other}")
 
 
 def test_what_a_chain_refuses():

@@ -61,12 +61,6 @@ class Outcome(NamedTuple):
     vector_copies: int
 
 
-def _shared_limit(arch: int) -> int:
-    from den_kernels.backends.triton import offline
-
-    return offline.SHARED_LIMIT_KIB[arch] * 1024
-
-
 def _start_worker() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
 
@@ -85,7 +79,7 @@ def _compile(job: Job) -> Outcome:
         report.registers,
         report.spill_bytes,
         report.shared_bytes,
-        _shared_limit(job.arch),
+        offline.SHARED_LIMIT_KIB[job.arch] * 1024,
         report.matrix_instruction,
         report.vector_copies,
     )
@@ -190,9 +184,8 @@ def test_float32(pool, arch, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", ARCHS)
 def test_every_tile_that_the_heuristic_can_pick(pool, arch, kind):
-    """sm_89 has the instructions and registers of sm_80, and less shared memory, which its tiles must fit too."""
     gradients = ("data gradient", "weight gradient") if kind == "half" else ()  # whose tiles are those of the others
     jobs = [
         Job(arch, kind, kernel, tile=tile)
@@ -200,10 +193,7 @@ def test_every_tile_that_the_heuristic_can_pick(pool, arch, kind):
         if kernel != "last"  # whose registers are fewer than with an activation to write
         for tile in configs.tiles(kind, kernel in THROUGH_REGISTERS)
     ]
-    outcomes = list(pool.map(_compile, jobs, chunksize=4))
-    _check(outcomes)
-    if arch == 80:
-        _check([outcome._replace(shared_limit=_shared_limit(89)) for outcome in outcomes])
+    _check(pool.map(_compile, jobs, chunksize=4))
 
 
 @pytest.mark.parametrize("kind", KINDS)
